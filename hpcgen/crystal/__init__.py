@@ -1,0 +1,1 @@
+"""Geometry of periodic crystals; knows neither files nor learning."""

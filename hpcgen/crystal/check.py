@@ -1,0 +1,182 @@
+"""Is this a crystal at all? Finite numbers, known elements, room for the atoms, no two in one place.
+
+Codes of refusal: not-finite, unknown-element, no-atoms, too-many-atoms, bad-volume, atoms-too-close.
+"""
+
+import math
+from functools import lru_cache
+from itertools import product
+
+import moyopy
+import numpy as np
+import torch
+
+from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.refused import Refused
+
+MIN_DISTANCE = 0.5  # Å; the shortest bond, H2, has 0.74
+MAX_ATOMS = 10_000
+MIN_VOLUME = 0.1  # Å³ of a cell
+VOLUME_PER_ATOM = (
+    1.0,
+    2000.0,
+)  # Å³; solid hydrogen at 100 GPa has 2.5, a sheet in a cell with much vacuum some hundreds
+DENSE = 300  # atoms up to which all pairs are looked at, beyond it only those near in one coordinate
+
+
+def one_crystal(frac: np.ndarray, lattice: np.ndarray, numbers: np.ndarray) -> Crystals:
+    """A batch of one from arrays: frac (A, 3) anywhere, lattice (3, 3) Å, atomic numbers (A,). float64."""
+    inside = frac - np.floor(frac)  # as torus.wrap, at a third of torch's time
+    inside[inside >= 1.0] = 0.0
+    return Crystals(
+        torch.from_numpy(inside),
+        torch.from_numpy(lattice[None]),
+        torch.from_numpy(numbers),
+        torch.from_numpy(np.array([len(numbers)])),
+    )
+
+
+def refuse_batch(crystals: Crystals) -> None:
+    """Raise ValueError unless these are one crystal."""
+    if len(crystals) != 1:
+        raise ValueError(f"{len(crystals)} crystals, want one: crystals[i] is a batch of one")
+
+
+def check(
+    crystal: Crystals,
+    *,
+    min_distance: float = MIN_DISTANCE,
+    max_atoms: int = MAX_ATOMS,
+    min_volume: float = MIN_VOLUME,
+    volume_per_atom: tuple[float, float] = VOLUME_PER_ATOM,
+) -> None:
+    """Raise Refused if the one crystal of a batch of 1 cannot be a crystal. Distances in Å, volumes in Å³.
+
+    Every pair counts, periodic images and an atom's own images included, exactly, for any cell.
+    """
+    refuse_batch(crystal)
+    check_arrays(
+        crystal.frac_coords.numpy(force=True),  # also with gradient or on a GPU
+        crystal.lattice[0].numpy(force=True),
+        crystal.atomic_numbers.numpy(force=True),
+        min_distance,
+        max_atoms,
+        min_volume,
+        volume_per_atom,
+    )
+
+
+def check_arrays(
+    frac: np.ndarray,
+    lattice: np.ndarray,
+    numbers: np.ndarray,
+    min_distance: float = MIN_DISTANCE,
+    max_atoms: int = MAX_ATOMS,
+    min_volume: float = MIN_VOLUME,
+    volume_per_atom: tuple[float, float] = VOLUME_PER_ATOM,
+) -> None:
+    """`check` of frac (A, 3), lattice (3, 3) Å and atomic numbers (A,)."""
+    count = len(numbers)
+    if count == 0:
+        raise Refused("no-atoms", "0 atoms, want at least 1")
+    if count > max_atoms:
+        raise Refused("too-many-atoms", f"{count} atoms, want at most {max_atoms}")
+    if not (math.isfinite(frac.sum()) and math.isfinite(lattice.sum())):  # one non-finite term makes the sum so
+        raise Refused("not-finite", "a coordinate or lattice vector is not a finite number")
+    species = set(numbers.tolist())
+    if not (min(species) >= 1 and max(species) <= 118):
+        raise Refused("unknown-element", f"atomic numbers {min(species)} to {max(species)}, want 1 to 118")
+    inverted, volume = inverse(lattice)
+    volume = abs(volume)
+    least, most = volume_per_atom
+    if not volume > min_volume:
+        raise Refused("bad-volume", f"cell volume {volume:.3g} Å³, want > {min_volume:g}")
+    if not least <= volume / count <= most:
+        raise Refused("bad-volume", f"{volume / count:.3g} Å³ per atom, want {least:g} to {most:g}")
+    _refuse_close(frac, lattice, _heights(inverted), min_distance)
+
+
+def inverse(cell: np.ndarray) -> tuple[np.ndarray, float]:
+    """Inverse (zeros if singular) and determinant of a 3 × 3 matrix in a third of numpy.linalg's time."""
+    (a, b, c), (d, e, f), (g, h, i) = cell.tolist()
+    x, y, z = e * i - f * h, f * g - d * i, d * h - e * g
+    volume = a * x + b * y + c * z
+    if volume == 0.0:
+        return np.zeros((3, 3)), 0.0
+    adjugate = [
+        [x, h * c - i * b, b * f - c * e],
+        [y, i * a - g * c, c * d - a * f],
+        [z, g * b - h * a, a * e - b * d],
+    ]
+    return np.array(adjugate) / volume, volume
+
+
+def _heights(inverted: np.ndarray) -> list[float]:
+    """Distances between opposite faces of the cell whose inverse (3, 3) this is."""
+    return [1 / math.hypot(*column) for column in inverted.T.tolist()]
+
+
+def _refuse_close(frac: np.ndarray, lattice: np.ndarray, heights: list[float], radius: float) -> None:
+    """heights: distances between opposite faces of the cell, Å.
+
+    A step shorter than h/2 moves by less than 1/2 in each coordinate. So with all h > 2 radius the image that
+    rounding finds is the only one that can be near, and no atom is near an image of its own.
+    """
+    if not min(heights) > 2 * radius:
+        frac, lattice, heights = _reduced(frac, lattice)
+    shifts = np.zeros((1, 3))
+    if not min(heights) > 2 * radius:
+        reach = [range(-n, n + 1) for n in (math.ceil(radius / height + 0.5) for height in heights)]
+        shifts = np.array(list(product(*reach)), dtype=float)
+        own = np.linalg.norm(shifts[shifts.any(1)] @ lattice, axis=1).min()
+        if not own >= radius:
+            raise Refused("atoms-too-close", f"an atom lies {own:.3g} Å from its own image, want {radius:g}")
+    first, second = _candidates(frac, radius / np.array(heights))
+    step = frac.take(second, 0) - frac.take(first, 0)
+    step -= np.rint(step)
+    for shift in shifts:
+        cart = (step + shift if len(shifts) > 1 else step) @ lattice
+        squared = np.einsum("ij,ij->i", cart, cart)
+        if squared.size and not squared.min() >= radius * radius:
+            worst = int(squared.argmin())
+            pair = f"atoms {first[worst]} and {second[worst]}"
+            raise Refused("atoms-too-close", f"{pair} are {squared[worst] ** 0.5:.3g} Å apart, want {radius:g}")
+
+
+def _reduced(frac: np.ndarray, lattice: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """The same crystal in a cell with short edges, and that cell's heights."""
+    try:
+        basis, _ = moyopy.minkowski_reduce(lattice.tolist())
+    except ValueError as fault:
+        raise Refused("bad-volume", f"a cell that cannot be reduced: {fault}") from fault
+    short = np.array(basis)
+    inverted, _ = inverse(short)
+    return frac @ (lattice @ inverted), short, _heights(inverted)
+
+
+@lru_cache(maxsize=128)
+def _pairs(count: int) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.triu_indices(count, 1)
+    return first, second
+
+
+def _candidates(frac: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs i ≠ j that may lie within `width` (3,) of each other in every coordinate, modulo 1."""
+    count = len(frac)
+    if count <= DENSE:
+        return _pairs(count)
+    axis = max(range(3), key=lambda k: len(np.unique((frac[:, k] % 1.0).round(3))))
+    order = np.argsort(frac[:, axis] % 1.0)
+    along = frac[order] % 1.0
+    first, second = [], []
+    for offset in range(1, count):
+        step = np.roll(along[:, axis], -offset) - along[:, axis]
+        step += step < 0
+        near = np.flatnonzero(step <= width[axis])
+        if not near.size:
+            break
+        step = along[(near + offset) % count] - along[near]
+        near = near[(np.abs(step - np.rint(step)) <= width).all(1)]
+        first.append(order[near])
+        second.append(order[(near + offset) % count])
+    return np.concatenate(first or [order[:0]]), np.concatenate(second or [order[:0]])
