@@ -1,0 +1,203 @@
+"""Which processes of one launch work together: alone, ranks of MPI, or tasks of Slurm without MPI.
+
+MPI is used for three things only: to check that the launcher and the library belong together, to agree on the
+token of the launch, and to end all ranks when one fails. The work itself is shared through files.
+"""
+
+import logging
+import os
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from hpcgen.errors import HpcgenError, SiteError, StoppedEarly
+
+log = logging.getLogger(__name__)
+_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")  # set by MPI launchers
+_RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
+_ADVICE = (
+    "start it with the mpiexec of the MPI that mpi4py uses (python -m mpi4py --mpi-library), or under Slurm "
+    "with srun --mpi=pmix or srun --mpi=pmi2 (srun --mpi=list shows what there is)"
+)
+_LEAVE_S = 25.0  # a rank that stops waits this long for the others to leave MPI as well
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of one launch. As a context manager it ends all ranks of MPI when one of them fails."""
+
+    kind: str  # alone, mpi, array
+    rank: int
+    size: int
+    token: str  # the same on all ranks of one launch, another in every other launch
+    job: str = ""
+    restart: int = 0
+    comm: Any = field(default=None, repr=False, compare=False)
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.comm is None or fault is None:
+            return
+        if exit_code(fault) in (0, StoppedEarly.exit_code):
+            self._leave(exit_code(fault))
+        else:
+            self.abort(fault)
+
+    def abort(self, fault: BaseException) -> None:
+        """Say which rank failed and why, then end every rank of MPI with the fault's exit code."""
+        where = f"rank {self.rank} of {self.size} on {os.uname().nodename}"
+        if isinstance(fault, HpcgenError):
+            log.critical("%s: %s", where, fault)
+        else:
+            text = "".join(traceback.format_exception(fault)).rstrip()
+            log.critical("%s failed, all ranks end now\n%s", where, text)
+        _flush()
+        if self.comm is not None:
+            self.comm.Abort(exit_code(fault))
+            os._exit(exit_code(fault))  # some launchers return from Abort and kill a moment later
+
+    def _leave(self, code: int) -> None:
+        """Leave MPI in good order: it waits for the others, but not for ever."""
+        from mpi4py import MPI
+
+        def give_up() -> None:
+            log.warning("rank %d: the others did not leave within %.0f s", self.rank, _LEAVE_S)
+            _flush()
+            os._exit(code)
+
+        timer = threading.Timer(_LEAVE_S, give_up)
+        timer.daemon = True
+        timer.start()
+        if not MPI.Is_finalized():
+            MPI.Finalize()
+        timer.cancel()
+
+
+def exit_code(fault: BaseException) -> int:
+    """The status a process ends with after `fault`."""
+    if isinstance(fault, HpcgenError):
+        return fault.exit_code
+    if isinstance(fault, SystemExit):
+        return fault.code if isinstance(fault.code, int) else int(fault.code is not None)
+    return 130 if isinstance(fault, KeyboardInterrupt) else HpcgenError.exit_code
+
+
+def find_team() -> Team:
+    """How this process was started and who works with it, from the environment.
+
+    Raises SiteError if ranks were started that MPI does not join into one world, or mpi4py is missing.
+    """
+    env = os.environ
+    if any(name in env for name in (*_SIZES, *_RANKS)):
+        started = _started_ranks(env)
+        if started != 1:
+            return _mpi_team(env, started)
+    elif _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in env:
+        return _step_team(env)
+    return _array_team(env, 0, 1)
+
+
+def _started_ranks(env: Mapping[str, str]) -> int | None:
+    for name in (*_SIZES, "SLURM_STEP_NUM_TASKS"):
+        if name in env:
+            return _number(env, name, 1)
+    return None
+
+
+def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as fault:
+        if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
+            log.info("no usable mpi4py (%s): the tasks of this step share the work through files", fault)
+            return _step_team(env)
+        raise SiteError(
+            f"{started or 'several'} MPI ranks were started, but mpi4py cannot be used ({fault}): "
+            "load the site's MPI and `pip install mpi4py`, or start one process without mpiexec"
+        ) from fault
+    comm = MPI.COMM_WORLD
+    size = comm.Get_size()
+    if started is not None and size != started:
+        library = MPI.Get_library_version().split("\n")[0].strip("\x00 ")
+        raise SiteError(
+            f"the launcher started {started} ranks, but MPI ({library}) sees {size}: "
+            f"each would do all the work; {_ADVICE}"
+        )
+    if size == 1:
+        return _array_team(env, 0, 1)
+    token = comm.bcast(uuid.uuid4().hex[:12], root=0)
+    team = _array_team(env, comm.Get_rank(), size, token=token, comm=comm)
+    _abort_on_uncaught(team)
+    return team
+
+
+def _step_team(env: Mapping[str, str]) -> Team:
+    """Tasks of one srun step that are not joined by MPI: files are enough."""
+    token = f"step-{env.get('SLURM_JOB_ID', '0')}-{env.get('SLURM_STEP_ID', '0')}-{_restart(env)}"
+    rank, size = _number(env, "SLURM_PROCID", 0), _number(env, "SLURM_STEP_NUM_TASKS", 1)
+    return _array_team(env, rank, size, token=token, kind="array")
+
+
+def _array_team(
+    env: Mapping[str, str], rank: int, size: int, token: str = "", comm: Any = None, kind: str = ""
+) -> Team:
+    """Place `rank` of `size` within a Slurm array, if there is one.
+
+    The token of an array holds no restart count: tasks are requeued one by one and join those that still run.
+    """
+    job, tasks = _job(env), _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
+    if "SLURM_ARRAY_TASK_ID" in env and tasks > 1:
+        low, step = _number(env, "SLURM_ARRAY_TASK_MIN", 0), _number(env, "SLURM_ARRAY_TASK_STEP", 1)
+        task = (_number(env, "SLURM_ARRAY_TASK_ID", 0) - low) // max(step, 1)
+        rank, size = task * size + rank, tasks * size
+        token = f"array-{env.get('SLURM_ARRAY_JOB_ID', env.get('SLURM_JOB_ID', '0'))}"
+        kind = "array"
+    kind = kind or ("mpi" if comm is not None else "alone")
+    return Team(kind, rank, size, token or uuid.uuid4().hex[:12], job, _restart(env), comm)
+
+
+def _job(env: Mapping[str, str]) -> str:
+    return env.get("SLURM_JOB_ID") or env.get("PBS_JOBID") or env.get("LSB_JOBID") or ""
+
+
+def _restart(env: Mapping[str, str]) -> int:
+    return _number(env, "SLURM_RESTART_COUNT", 0)
+
+
+def _number(env: Mapping[str, str], name: str, otherwise: int) -> int:
+    text = env.get(name, "")
+    if not text:
+        return otherwise
+    try:
+        return int(text)
+    except ValueError:
+        raise SiteError(f"environment variable {name}={text!r}: want a whole number") from None
+
+
+def _abort_on_uncaught(team: Team) -> None:
+    """A net below the context manager: an exception nobody caught ends all ranks too."""
+    before = sys.excepthook
+
+    def end_all(kind: type[BaseException], fault: BaseException, trace: TracebackType | None) -> None:
+        if exit_code(fault) == StoppedEarly.exit_code:
+            before(kind, fault, trace)
+        else:
+            team.abort(fault)
+
+    sys.excepthook = end_all
+
+
+def _flush() -> None:
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
