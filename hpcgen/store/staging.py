@@ -1,0 +1,77 @@
+"""What lies between the passes of building a store: shards of parsed crystals with the keys of pass 2 beside them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpcgen.crystal.crystals import Crystals
+from hpcgen.files import storage_faults
+from hpcgen.store.arrays import Arrays, file_image, load
+from hpcgen.store.layout import ColumnSpec, Head, open_shard, reading
+from hpcgen.store.rows import Column, Rows
+from hpcgen.store.source import Value
+from hpcgen.store.write import encode
+
+KEYS = {
+    "key.id": ColumnSpec("str"),  # ids may stand twice in a source: a staging file counts its rows instead
+    "key.row": ColumnSpec("int"),
+    "key.formula": ColumnSpec("str"),
+    "key.split": ColumnSpec("str"),
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row of the reject table."""
+
+    row: int  # in the source
+    id: str
+    code: str
+    message: str
+
+
+def make_column(spec: ColumnSpec, values: Sequence[Value]) -> Column:
+    """A column of the given kind from Python values, None or NaN being missing. Raises ValueError for a wrong kind."""
+    missing = np.array([value is None or value != value for value in values], dtype=bool)
+    empty: Any = {"float": np.nan, "int": 0, "bool": False, "str": ""}[spec.kind]
+    dtype: Any = {"float": np.float64, "int": np.int64, "bool": bool, "str": object}[spec.kind]
+    filled = [empty if gone else value for gone, value in zip(missing, values, strict=True)]
+    return Column(spec, np.array(filled, dtype=dtype), missing)
+
+
+def write_staged(draft: Path, rows: Rows, head: Head, refusals: Sequence[Refusal]) -> None:
+    """Write a staging file. Raises InputError for rows that may not be stored, StorageError."""
+    lines = "".join(json.dumps(vars(refusal)) + "\n" for refusal in refusals)
+    arrays = {**encode(rows, head), "refusals": np.frombuffer(lines.encode(), dtype=np.uint8)}
+    with storage_faults(draft):
+        draft.write_bytes(file_image(arrays, head, split="all"))
+
+
+def read_staged(path: Path, columns: Mapping[str, ColumnSpec]) -> Arrays:
+    """The crystals of a staging file with the named columns. Raises InputError where it is damaged."""
+    with open_shard(path) as shard, reading(path):
+        return load(shard, 0, shard["ptr"].shape[0] - 1, columns, edges=False)
+
+
+def read_keys_of(path: Path, columns: Mapping[str, ColumnSpec]) -> Arrays:
+    """The named columns alone."""
+    with open_shard(path) as shard, reading(path):
+        return load(shard, 0, shard["ptr"].shape[0] - 1, columns, edges=False, bare=True)
+
+
+def no_crystals() -> Crystals:
+    """A batch of none."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return Crystals(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3, 3, dtype=torch.float64), none, none)
+
+
+def read_refusals(path: Path) -> list[Refusal]:
+    """The refusals of a staging file."""
+    with open_shard(path) as shard, reading(path):
+        lines = bytes(shard["refusals"][()]).decode()
+    return [Refusal(**json.loads(line)) for line in lines.splitlines()]
