@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -376,8 +377,32 @@ def fine(table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def stop_with_draft(process: subprocess.Popen, drafts) -> None:
+    """Suspend a build at a moment when a new draft exists; return as well when it has ended."""
+    while process.poll() is None:
+        _wait_for(lambda: drafts() or process.poll() is not None)
+        family = _family(process)
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.suspend()
+        time.sleep(0.01)  # a rename under way is over by now
+        if drafts() and {member.pid for member in _family(process)} <= {member.pid for member in family}:
+            return
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.resume()
+
+
+def _family(process: subprocess.Popen) -> list[psutil.Process]:
+    try:
+        first = psutil.Process(process.pid)
+        return [first, *first.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def kill_often(table: Path, out: Path, kills: int, launcher: tuple[str, ...], processes: str) -> int:
-    """Start and SIGKILL a build, mostly as soon as a new draft exists. Returns the kills that left a draft behind."""
+    """Start and SIGKILL a build, three times in four while a new draft exists. Returns the kills that left a draft."""
     chance, with_draft = random.Random(3), 0
     command = [*launcher, *MP20, str(table), "--out", str(out), "--no-page", "--processes", processes, *FINE]
     for number in range(kills):
@@ -385,10 +410,14 @@ def kill_often(table: Path, out: Path, kills: int, launcher: tuple[str, ...], pr
         process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                    start_new_session=True)  # fmt: skip
         if number % 4 < 3:
-            _wait_for(lambda p=process, b=before: set(out.rglob("*.draft")) - b or p.poll() is not None)
+            stop_with_draft(process, lambda b=before: set(out.rglob("*.draft")) - b)
         else:
             time.sleep(chance.uniform(0.1, 2.0))
-        os.killpg(process.pid, signal.SIGKILL)
+        for member in _family(process):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         with_draft += bool(set(out.rglob("*.draft")) - before)
     assert not (out / "manifest.json").exists(), "finished before the last kill"
