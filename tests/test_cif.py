@@ -4,12 +4,13 @@ import random
 import warnings
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.io.cif import CifParser
 
-from hpcgen.crystal.cif import CODES, read_cif
+from hpcgen.crystal.cif import CODES, _coincide, read_cif
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.disorder import OCCUPANCY_STEP
@@ -276,6 +277,22 @@ def test_uncertainties_and_unknown_occupancies() -> None:
     crystal = one(cif("5.43(2) 5.43(2) 5.43(2) 90(0) 90 90", "Si1 Si 0.1250(3) -0.25(1) 1.5 ?\nSi2 Si 0 0 0 ."))
     assert crystal.frac_coords[0].tolist() == [0.125, 0.75, 0.5]
     assert crystal.lattice[0].tolist() == [[5.43, 0, 0], [0, 5.43, 0], [0, 0, 5.43]]
+
+
+def test_rows_in_one_place_are_one_site_whatever_their_order() -> None:
+    """Against every pair by brute force, also across the faces of the cell."""
+    draw, tolerance, met = random.Random(0), 1e-4, 0
+    for _ in range(400):
+        sites = [
+            [draw.choice((0.0, 0.5, 0.9999999, draw.random())) for _ in range(3)] for _ in range(draw.randint(2, 12))
+        ]
+        near = [x + draw.choice((-1.0, 1.0, 0.0)) + draw.uniform(-1.5, 1.5) * tolerance for x in draw.choice(sites)]
+        sites.insert(draw.randint(0, len(sites)), near)
+        apart = np.subtract.outer(np.array(sites), np.array(sites))[:, range(3), :, range(3)].transpose(1, 2, 0)
+        touching = (np.abs(apart - np.rint(apart)) <= tolerance).all(-1).sum() > len(sites)
+        assert _coincide(np.array(sites), tolerance) == touching
+        met += touching
+    assert 100 < met < 390
 
 
 def test_rounded_fractions_become_whole_ones() -> None:
