@@ -366,6 +366,12 @@ def test_a_count_of_any_integer_type_is_taken():
         assert same(nearest_edges(SPECIAL["hcp"], k), nearest_edges(SPECIAL["hcp"], 3))
 
 
+def test_a_cell_of_astronomic_size_is_named():
+    huge = Crystals.cat([special()["NaCl"], crystal(torch.eye(3, dtype=torch.float64) * 1e19, [[0, 0, 0]], [1])])
+    with pytest.raises(ValueError, match="crystal 1: lattice .* want components below 1e"):
+        radius_edges(huge, 6.0)
+
+
 def test_other_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="want one of cpu, torch"):
         radius_edges(SPECIAL["fcc"], 3.0, "kd-tree")
@@ -392,18 +398,36 @@ def test_a_collapsed_cell_is_named_and_not_searched():
             radius_edges(batch, 6.0, method)
 
 
-def test_cells_too_skewed_to_pack_together_are_searched_apart(monkeypatch):
-    batch = random_crystals(random_cells(6, seed=5), seed=6)
-    expected = radius_edges(batch, 5.0)
-    packing = neighbours._packing
-    monkeypatch.setattr(neighbours, "_packing", lambda c, r: packing(c, r) if len(c) < 3 else None)
-    assert same(radius_edges(batch, 5.0), expected)
-    monkeypatch.setattr(neighbours, "_packing", lambda c, r: None)
-    assert same(radius_edges(batch, 5.0), expected)
+@pytest.mark.parametrize(("group", "products"), [(1, 1), (1 << 20, 1), (1, 1 << 20), (3000, 20_000)])
+def test_edges_do_not_depend_on_how_the_search_is_divided(group, products, monkeypatch):
+    batch = Crystals.cat([random_crystals(random_cells(6, seed=5), seed=6), SPECIAL["sixty"], SPECIAL["skewed"]])
+    expected = radius_edges(batch, 5.0, "torch")
+    monkeypatch.setattr(neighbours, "GROUP", group)
+    monkeypatch.setattr(neighbours, "PRODUCTS", products)
+    assert same(radius_edges(batch, 5.0, "cpu"), expected)
+
+
+def needle(length: float) -> Crystals:
+    """64 pairs of about 3 Å in a cell so long that float32 blurs what is left of their coordinates' squares."""
+    along = torch.arange(0, 1, 1 / 64, dtype=torch.float64)
+    apart = torch.linspace(2.999, 3.001, 64, dtype=torch.float64) / 3.7
+    apart[32] = 3.0 / 3.7
+    ones, others = torch.stack([0 * along, 0 * along, along], 1), torch.stack([apart, 0 * along, along], 1)
+    return crystal(cell(3.7, 3.6, length), torch.cat([ones, others]).tolist(), [1] * 128)
+
+
+@pytest.mark.parametrize("length", [300.0, 1e4, 1e6])
+def test_rounding_of_the_products_decides_nothing(length):
+    assert same(radius_edges(needle(length), 3.0, "cpu"), radius_edges(needle(length), 3.0, "torch"))
+
+
+def test_rounding_of_the_products_would_decide_if_not_allowed_for(monkeypatch):
+    monkeypatch.setattr(neighbours, "ROUNDING", 0.0)
+    assert not same(radius_edges(needle(1e4), 3.0, "cpu"), radius_edges(needle(1e4), 3.0, "torch"))
 
 
 @pytest.mark.parametrize("shear", [100_000, 1_000_003])
-def test_cells_too_skewed_to_pack_at_all(shear):
+def test_cells_of_extreme_shear(shear):
     upright = crystal(cell(4, 4, 4), [[0, 0, 0], [0.4, 0.7, 0.1]], [1, 2])
     transform = torch.tensor([[[1, 0, 0], [shear, 1, 0], [0, -3, 1]]])
     sheared = in_other_cell(upright, transform)

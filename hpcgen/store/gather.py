@@ -18,7 +18,7 @@ from hpcgen.store.settings import BuildSettings
 from hpcgen.store.staging import KEYS, read_staged
 from hpcgen.store.write import encode, write_arrays
 
-PIECE_ATOMS = 4096
+PIECE_ATOMS = 8192  # 40 MB of edges of 6 Å; half of it costs 5 µs more for each crystal
 
 
 @dataclass(frozen=True)

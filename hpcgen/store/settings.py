@@ -40,7 +40,7 @@ class BuildSettings:
 
     def preload(self) -> tuple[str, ...]:
         """Modules that the workers of a build import once, before they are forked."""
-        always = ("hpcgen.store.build", "hpcgen.crystal.cif", "pymatgen.optimization.neighbors")
+        always = ("hpcgen.store.build", "hpcgen.crystal.cif")
         return always + (("pymatgen.analysis.structure_matcher",) if self.duplicates != "ignore" else ())
 
     def checked(self) -> "BuildSettings":
