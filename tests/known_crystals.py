@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import inverse_transform, lattice_from_parameters
 from hpcgen.crystal.torus import wrap
@@ -110,3 +111,33 @@ def supercell(crystals: Crystals, times: tuple[int, int, int]) -> Crystals:
         crystals.atomic_numbers.repeat_interleave(copies),
         crystals.num_atoms * copies,
     )
+
+
+def quartz(hand: int) -> Crystals:
+    """α-quartz: P3221 (154) for hand 1, its mirror image P3121 (152) for hand -1."""
+    x, y, z, u = 0.4133, 0.2672, 0.7855, 0.4697
+    sites = [[u, 0, 2 / 3], [0, u, 1 / 3], [-u, -u, 0]]
+    sites += [[x, y, z], [-y, x - y, z + 2 / 3], [y - x, -x, z + 1 / 3]]
+    sites += [[y, x, -z], [x - y, -y, -z + 1 / 3], [-x, y - x, -z + 2 / 3]]
+    sites = [[a, b, hand * c] for a, b, c in sites]
+    return crystal(cell(4.9134, 4.9134, 5.4052, 90, 90, 120), sites, [14] * 3 + [8] * 6)
+
+
+def shaken(of: Crystals, size: float, seed: int = 0, strain: float = 0.0) -> Crystals:
+    """Sites moved by a normal step of `size` Å, the lattice strained."""
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randn(of.frac_coords.shape, generator=generator, dtype=torch.float64) * size
+    frac = of.frac_coords + step @ torch.linalg.inv(of.lattice[0])
+    warp = torch.eye(3, dtype=torch.float64) + strain * torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    return Crystals(wrap(frac), of.lattice @ warp, of.atomic_numbers, of.num_atoms)
+
+
+def in_larger_cell(of: Crystals, transform: Tensor) -> Crystals:
+    """One crystal in the cell transform @ lattice, transform (3, 3) integer."""
+    structure = to_pymatgen(of)[0].make_supercell(transform.tolist(), in_place=False)
+    numbers = [site.specie.Z for site in structure]
+    return crystal(torch.tensor(structure.lattice.matrix.copy()), torch.tensor(structure.frac_coords), numbers)
+
+
+def replace_sites(of: Crystals, sites: list[list[float]]) -> Crystals:
+    return Crystals(torch.tensor(sites, dtype=torch.float64), of.lattice, of.atomic_numbers, of.num_atoms)

@@ -20,8 +20,8 @@ from hpcgen.crystal.check import check
 from hpcgen.crystal.cif import read_cif
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.purify import purify
 from hpcgen.crystal.refused import Refused
-from hpcgen.crystal.symmetry import purify
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 FILES = ("mp20_bt", "mpts52", "lemat_mix", "perov_5", "carbon_24")
@@ -84,10 +84,9 @@ def changed(row: Row) -> str | None:
     try:
         (crystal,) = read_cif(row[1])
         check(crystal)
-        purify(crystal)
     except Refused as refused:
-        return f"{refused.code}: {refused.message}"
-    return None
+        return str(refused)
+    return next((str(refused) for refused in purify(crystal).refused.values()), None)
 
 
 def matches(row: Row) -> bool | None:
@@ -98,9 +97,8 @@ def matches(row: Row) -> bool | None:
     from pymatgen.analysis.structure_matcher import StructureMatcher
 
     (crystal,) = read_cif(row[1])
-    try:
-        pure = purify(crystal).crystal
-    except Refused:
+    pure = purify(crystal).crystals
+    if not len(pure):
         return None
     both = to_pymatgen(Crystals.cat([crystal, pure]))
     tight = {"ltol": 0.02, "stol": 0.03, "angle_tol": 1, "scale": False}

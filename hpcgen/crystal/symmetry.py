@@ -1,7 +1,6 @@
-"""Space groups: the symmetry of a crystal, the projection onto it, and the purified primitive cell.
+"""Space groups: the symmetry of a crystal and the projection onto it.
 
-Codes of refusal: no-symmetry (find_symmetry), not-symmetric (site_permutations), purify-failed and
-purify-changed (purify).
+Codes of refusal: no-symmetry (find_symmetry), not-symmetric (site_permutations).
 """
 
 import logging
@@ -9,18 +8,14 @@ import math
 from dataclasses import dataclass
 
 import moyopy
-import numpy as np
 import torch
 from torch import Tensor
 
-from hpcgen.crystal.check import MAX_ATOMS, MIN_DISTANCE, check_arrays, inverse, one_crystal, refuse_batch
+from hpcgen.crystal.check import refuse_batch
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.refused import Refused
 from hpcgen.crystal.torus import shortest_step, wrap
 
-MOST_SHIFT = 5.0  # a purified site may lie this many symprec from the given one,
-MOST_STRAIN = 5.0  # the lattice be strained by this many symprec per Å of edge,
-MOST_VOLUME_CHANGE = 0.02  # and the volume per atom change by this share
 SQUARE_ROOT_STEPS = 8  # Denman–Beavers doubles the digits each step: from a strain of 0.3 to 1e-16 in 6
 
 
@@ -49,11 +44,16 @@ def _not_an_omission(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Omitted")
 
 
-def _dataset(frac: list, lattice: list, numbers: list, symprec: float, code: str) -> moyopy.MoyoDataset:
-    """moyo warns of operations that do not fit a supercell ("Omitted …"): expected here, silent here alone."""
+def dataset(crystal: Crystals, symprec: float, code: str) -> moyopy.MoyoDataset:
+    """All that moyo finds of the one crystal of a batch of 1, on the CPU. Raises Refused with `code`.
+
+    moyo warns of operations that do not fit a supercell ("Omitted …"): expected here, silent here alone.
+    """
+    refuse_batch(crystal)
+    cell = moyopy.Cell(crystal.lattice[0].tolist(), crystal.frac_coords.tolist(), crystal.atomic_numbers.tolist())
     _LOGGER.addFilter(_not_an_omission)
     try:
-        return moyopy.MoyoDataset(moyopy.Cell(lattice, frac, numbers), symprec=symprec)
+        return moyopy.MoyoDataset(cell, symprec=symprec)
     except (ValueError, RuntimeError) as fault:
         raise Refused(code, f"no symmetry found at symprec {symprec:g} Å: {fault}") from fault
     finally:
@@ -62,9 +62,7 @@ def _dataset(frac: list, lattice: list, numbers: list, symprec: float, code: str
 
 def find_symmetry(crystal: Crystals, symprec: float = 0.01) -> Symmetry:
     """The symmetry of the one crystal of a batch of 1, within symprec Å, on the CPU. Raises Refused (no-symmetry)."""
-    refuse_batch(crystal)
-    cell = crystal.frac_coords.tolist(), crystal.lattice[0].tolist(), crystal.atomic_numbers.tolist()
-    found = _dataset(*cell, symprec, "no-symmetry")
+    found = dataset(crystal, symprec, "no-symmetry")
     operations = found.operations
     return Symmetry(
         found.number,
@@ -137,106 +135,3 @@ def _square_root(square: Tensor) -> Tensor:
             (inverse_root + torch.linalg.inv(root)) / 2,
         )
     return (root + root.T) / 2
-
-
-@dataclass(frozen=True)
-class Purified:
-    """A crystal in a standard cell with its symmetry made exact. Atoms are sorted by element."""
-
-    crystal: Crystals
-    space_group: int
-    max_shift: float  # Å, farthest that a site moved
-    max_strain: float  # largest strain of the lattice
-
-
-def search(crystal: Crystals, symprec: float = 0.01) -> moyopy.MoyoDataset:
-    """The costly half of `purify`, to be handed to it as `found`. Raises Refused (purify-failed).
-
-    Many searches in a row, then many purifications, keep the processor's caches warm: 5 % faster than in turns.
-    """
-    refuse_batch(crystal)
-    cell = crystal.frac_coords.tolist(), crystal.lattice[0].tolist(), crystal.atomic_numbers.tolist()
-    return _dataset(*cell, symprec, "purify-failed")
-
-
-def purify(
-    crystal: Crystals,
-    *,
-    symprec: float = 0.01,
-    found: moyopy.MoyoDataset | None = None,
-    primitive: bool = True,
-    niggli: bool = True,
-    min_distance: float = MIN_DISTANCE,
-    max_atoms: int = MAX_ATOMS,
-) -> Purified:
-    """Symmetrise the one crystal of a batch of 1 within symprec Å; take its primitive, Niggli-reduced cell.
-
-    primitive=False takes the conventional cell, which `niggli` leaves alone. The orientation is the standard
-    one; mirror images stay apart. Raises Refused: purify-failed without a symmetry, purify-changed if the
-    composition changes, a site moves by more than MOST_SHIFT symprec, the lattice is strained by more than
-    MOST_STRAIN symprec (per Å), the volume per atom changes by more than MOST_VOLUME_CHANGE or the result
-    fails `check`. The result is on the CPU, float64, without gradient.
-    """
-    refuse_batch(crystal)
-    frac, lattice = crystal.frac_coords.numpy(force=True), crystal.lattice[0].numpy(force=True)
-    numbers = crystal.atomic_numbers.numpy(force=True)
-    if found is None:
-        found = search(crystal, symprec)
-    pure = found.prim_std_cell
-    basis, sites, kinds = np.array(pure.basis), np.array(pure.positions), np.array(pure.numbers)
-    max_shift, max_strain = _change(frac, lattice, numbers, found, basis, sites, kinds)
-    for name, value, most in (
-        ("a site moves by {:.3g} Å", max_shift, MOST_SHIFT * symprec),
-        ("the lattice is strained by {:.3g}", max_strain, MOST_STRAIN * symprec),
-    ):
-        if not value <= most:
-            raise Refused("purify-changed", f"{name.format(value)}, want at most {most:g}")
-    if not primitive:
-        whole = found.std_cell
-        basis, sites, kinds = np.array(whole.basis), np.array(whole.positions), np.array(whole.numbers)
-    elif niggli:
-        basis, sites = _in_niggli_cell(basis, sites)
-    order = np.argsort(kinds, kind="stable")
-    sites, kinds = sites[order], kinds[order].astype(np.int64)
-    try:
-        check_arrays(sites, basis, kinds, min_distance, max_atoms)
-    except Refused as refused:
-        raise Refused("purify-changed", f"the purified crystal is refused: {refused}") from refused
-    return Purified(one_crystal(sites, basis, kinds), found.number, max_shift, max_strain)
-
-
-def _change(
-    frac: np.ndarray,
-    lattice: np.ndarray,
-    numbers: np.ndarray,
-    found: moyopy.MoyoDataset,
-    basis: np.ndarray,
-    sites: np.ndarray,
-    kinds: np.ndarray,
-) -> tuple[float, float]:
-    """Farthest move of a site in Å and largest strain, the given crystal being laid over the purified one."""
-    linear, mapping = np.array(found.prim_std_linear), np.array(found.mapping_std_prim)
-    copies = np.bincount(mapping, minlength=len(kinds)).tolist()
-    if not (min(copies) == max(copies) and (kinds[mapping] == numbers).all()):
-        raise Refused("purify-changed", "the purified cell has another composition than the given crystal")
-    step = (frac - np.array(found.prim_std_origin_shift)) @ inverse(linear)[0].T - sites[mapping]
-    step -= np.rint(step)
-    cart = step @ basis
-    given = linear.T @ lattice  # the given lattice in the purified cell's basis, in another orientation
-    deformation = inverse(basis)[0] @ given
-    volume_change = abs(abs(inverse(deformation)[1]) - 1.0)
-    if not volume_change <= MOST_VOLUME_CHANGE:
-        raise Refused("purify-changed", f"the volume per atom changes by {volume_change:.3g} of it")
-    squared = deformation @ deformation.T - _ONE  # 2 × strain, whatever the orientation
-    return math.sqrt((cart * cart).sum(1).max()), float(np.abs(squared).max()) / 2
-
-
-_ONE = np.eye(3)
-
-
-def _in_niggli_cell(basis: np.ndarray, sites: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        reduced, transform = moyopy.niggli_reduce(basis.tolist())
-    except ValueError as fault:
-        raise Refused("purify-failed", f"no Niggli cell: {fault}") from fault
-    return np.array(reduced), sites @ inverse(np.array(transform))[0].T

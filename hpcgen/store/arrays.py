@@ -156,8 +156,10 @@ def _check_pointers(ptr: np.ndarray, end: int) -> None:
         raise ValueError(f"pointers run from {ptr[:1]} to {ptr[-1:]}, want them rising within 0 and {end}")
 
 
-def file_image(arrays: Arrays, head: Head, *, split: str) -> bytes:
+def file_image(arrays: Arrays, head: Head, *, split: str, small: bool = True) -> bytes:
     """The bytes of the shard file that holds `arrays`: the same arrays give the same bytes.
+
+    small=False leaves them uncompressed, for files that are soon read again and removed.
 
     Made in memory, then written by plain calls, so that a full disk is met outside the HDF5 library,
     which does not recover from it.
@@ -174,7 +176,7 @@ def file_image(arrays: Arrays, head: Head, *, split: str) -> bytes:
         )
         shard.attrs["format_version"] = np.int64(FORMAT_VERSION)
         for key in sorted(arrays):
-            _save(shard, key, arrays[key])
+            _save(shard, key, arrays[key], small)
         for name, spec in head.columns.items():
             _set_text(shard[f"columns/{name}"], kind=spec.kind, unit=spec.unit)
         if head.edges is not None:
@@ -186,7 +188,7 @@ def file_image(arrays: Arrays, head: Head, *, split: str) -> bytes:
         return shard.id.get_file_image()
 
 
-def _save(shard: h5py.File, key: str, array: np.ndarray) -> None:
+def _save(shard: h5py.File, key: str, array: np.ndarray, small: bool) -> None:
     if len(array) == 0:
         shard.create_dataset(key, data=array, track_times=False)
         return
@@ -195,9 +197,9 @@ def _save(shard: h5py.File, key: str, array: np.ndarray) -> None:
         key,
         data=array,
         chunks=(length, *array.shape[1:]),
-        compression="gzip",
-        compression_opts=_GZIP_LEVEL,
-        shuffle=True,
+        compression="gzip" if small else None,
+        compression_opts=_GZIP_LEVEL if small else None,
+        shuffle=small,
         fletcher32=True,  # a flipped bit is an error on reading, not another crystal; measured: free
         track_times=False,
     )

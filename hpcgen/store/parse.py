@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcgen.crystal.check import check
+from hpcgen.crystal.check import faults
 from hpcgen.crystal.composition import formula_key
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import in_niggli_cell
+from hpcgen.crystal.purify import purify, search
 from hpcgen.crystal.refused import Refused
-from hpcgen.crystal.symmetry import purify, search
 from hpcgen.errors import InputError
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.guard import Cursor
@@ -35,7 +35,20 @@ class _Row:
     culprit: str | None
     parsed: list[Parsed] = field(default_factory=list)
     found: list[Any] = field(default_factory=list)  # of the symmetry search
-    reduced: list[tuple[Crystals, int | None]] = field(default_factory=list)  # with the space group
+    refused: Refused | None = None
+
+    def refuse(self, refused: Refused | None) -> None:
+        """Note the first refusal."""
+        self.refused = self.refused or refused
+
+
+@dataclass(frozen=True)
+class _Reduced:
+    """Some rows' crystals after the last step."""
+
+    rows: list[_Row]  # none of them refused
+    crystals: Crystals
+    space_group: list[int | None]
 
 
 @dataclass(frozen=True)
@@ -52,24 +65,32 @@ class ParseBlock:
             _Row(at, start + at, raw, cursor.culprits.get(at))
             for at, raw in enumerate(self.source.rows(start, start + block.size))
         )
-        kept: list[_Row] = []
+        parts: list[_Reduced] = []
         refusals: list[Refusal] = []
         seen = 0
         while some := list(itertools.islice(rows, self.together)):
             seen += len(some)
-            for step in (self._fits, self._parse, self._check, self._search, self._purify):
-                some = [row for row in some if _went_well(step, row, cursor, refusals)]
-            cursor.rest()
-            kept += some
+            parts.append(self._through(some, cursor))
+            refusals += [_refusal(row, row.refused) for row in some if row.refused]
         if seen != block.size:
             raise InputError(
                 f"{self.source.name}: rows {start} to {start + block.size} gave {seen}, want {block.size}: "
                 "the input changed while it was read"
             )
         columns = staged_columns(self.source, self.settings)
-        made = self._rows(kept, columns)
+        made = self._rows(parts, columns)
         write_staged(draft, made, Head(self.source.name, columns=columns), refusals)
         return {"crystals": len(made), "refused": len(refusals)}
+
+    def _through(self, some: list[_Row], cursor: Cursor) -> _Reduced:
+        """All steps for some rows. Third-party code sees one row at a time, so that the culprit is known."""
+        for step in (self._fits, self._parse):
+            some = [row for row in some if _went_well(step, row, cursor)]
+        cursor.rest()
+        some = self._check(some)
+        some = [row for row in some if _went_well(self._search, row, cursor)]
+        cursor.rest()
+        return self._reduce(some)
 
     def _fits(self, row: _Row) -> None:
         """Refuse what no column of a store can hold."""
@@ -87,31 +108,36 @@ class ParseBlock:
             raise Refused(row.culprit, CULPRITS.get(row.culprit, row.culprit))
         row.parsed = self.source.parse(row.raw)
 
-    def _check(self, row: _Row) -> None:
-        for parsed in row.parsed:
-            check(parsed.crystal, min_distance=self.settings.min_distance, max_atoms=self.settings.max_atoms)
+    def _check(self, some: list[_Row]) -> list[_Row]:
+        settings = self.settings
+        told = faults(_batch(some), min_distance=settings.min_distance, max_atoms=settings.max_atoms)
+        for row, fault in zip(_owners(some), told, strict=True):
+            row.refuse(fault)
+        return [row for row in some if row.refused is None]
 
     def _search(self, row: _Row) -> None:
         if self.settings.purify:
             row.found = [search(parsed.crystal, self.settings.symprec) for parsed in row.parsed]
 
-    def _purify(self, row: _Row) -> None:
-        settings = self.settings
+    def _reduce(self, some: list[_Row]) -> _Reduced:
+        settings, crystals, owners = self.settings, _batch(some), _owners(some)
         if not settings.purify:
-            row.reduced = [(parsed.crystal, None) for parsed in row.parsed]
-            return
-        for parsed, found in zip(row.parsed, row.found, strict=True):
-            pure = purify(
-                parsed.crystal,
-                symprec=settings.symprec,
-                found=found,
-                niggli=settings.niggli,
-                min_distance=settings.min_distance,
-                max_atoms=settings.max_atoms,
-            )
-            row.reduced.append((pure.crystal, pure.space_group))
+            return _Reduced(some, in_niggli_cell(crystals) if settings.niggli else crystals, [None] * len(owners))
+        pure = purify(
+            crystals,
+            [found for row in some for found in row.found],
+            symprec=settings.symprec,
+            niggli=settings.niggli,
+            min_distance=settings.min_distance,
+            max_atoms=settings.max_atoms,
+        )
+        for at, fault in pure.refused.items():
+            owners[at].refuse(fault)
+        whole = [k for k, at in enumerate(pure.kept.tolist()) if owners[at].refused is None]
+        left = pure.crystals if len(whole) == len(pure.kept) else pure.crystals[whole]
+        return _Reduced([row for row in some if row.refused is None], left, pure.space_group[whole].tolist())
 
-    def _rows(self, kept: list[_Row], columns: Mapping[str, ColumnSpec]) -> Rows:
+    def _rows(self, parts: list[_Reduced], columns: Mapping[str, ColumnSpec]) -> Rows:
         values = [
             {
                 **row.raw.columns,
@@ -119,34 +145,48 @@ class ParseBlock:
                 "space_group": space_group,
                 "key.id": parsed.id,
                 "key.row": row.row,
-                "key.formula": formula_key(crystal.atomic_numbers),
                 "key.split": row.raw.split,
             }
-            for row in kept
-            for parsed, (crystal, space_group) in zip(row.parsed, row.reduced, strict=True)
+            for part in parts
+            for (row, parsed), space_group in zip(_pairs(part.rows), part.space_group, strict=True)
         ]
+        crystals = Crystals.cat([no_crystals(), *(part.crystals for part in parts)])
+        numbers, ends = crystals.atomic_numbers.numpy(), crystals.ptr.tolist()
+        for each, (first, end) in zip(values, itertools.pairwise(ends), strict=True):
+            each["key.formula"] = formula_key(numbers[first:end])
         made = {name: make_column(spec, [each.get(name) for each in values]) for name, spec in columns.items()}
-        all_reduced = [crystal for row in kept for crystal, _ in row.reduced]
-        crystals = Crystals.cat(all_reduced) if all_reduced else no_crystals()
-        if all_reduced and self.settings.niggli and not self.settings.purify:
-            crystals = in_niggli_cell(crystals)
         return Rows(crystals, [str(number) for number in range(len(values))], made)
 
 
-def _went_well(step: Callable[[_Row], None], row: _Row, cursor: Cursor, refusals: list[Refusal]) -> bool:
+def _pairs(some: list[_Row]) -> list[tuple[_Row, Parsed]]:
+    return [(row, parsed) for row in some for parsed in row.parsed]
+
+
+def _owners(some: list[_Row]) -> list[_Row]:
+    """The row of each crystal."""
+    return [row for row, _ in _pairs(some)]
+
+
+def _batch(some: list[_Row]) -> Crystals:
+    return Crystals.cat([no_crystals(), *(parsed.crystal for _, parsed in _pairs(some))])
+
+
+def _went_well(step: Callable[[_Row], None], row: _Row, cursor: Cursor) -> bool:
     """Take a row one step further. A refusal is noted; so is a third-party reader's own error, which costs this row."""
     cursor.at(row.at)
     try:
         step(row)
-        return True
     except (ImportError, MemoryError):  # the machine's fault, not the row's
         raise
     except Refused as refused:
-        code, message = refused.code, refused.message
+        row.refuse(refused)
     except Exception as fault:
-        code, message = "parse-error", _first_line(fault)
-    refusals.append(Refusal(row.row, _printable(row.raw.id), code, _printable(message)))
-    return False
+        row.refuse(Refused("parse-error", _first_line(fault)))
+    return row.refused is None
+
+
+def _refusal(row: _Row, refused: Refused) -> Refusal:
+    return Refusal(row.row, _printable(row.raw.id), refused.code, _printable(refused.message))
 
 
 def _refuse_text(name: str, text: str, longest: int) -> None:

@@ -49,7 +49,7 @@ def write_staged(draft: Path, rows: Rows, head: Head, refusals: Sequence[Refusal
     lines = "".join(json.dumps(vars(refusal)) + "\n" for refusal in refusals)
     arrays = {**encode(rows, head), "refusals": np.frombuffer(lines.encode(), dtype=np.uint8)}
     with storage_faults(draft):
-        draft.write_bytes(file_image(arrays, head, split="all"))
+        draft.write_bytes(file_image(arrays, head, split="all", small=False))
 
 
 def read_staged(path: Path, columns: Mapping[str, ColumnSpec]) -> Arrays:
