@@ -124,6 +124,7 @@ def test_array_tasks_make_the_same_store(whole: Path, table: Path, tmp_path: Pat
     assert datasets(out) == datasets(whole)
 
 
+@pytest.mark.slow
 def test_an_array_without_its_first_task_finishes_and_clears_up(fine: Path, table: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
     command = [*MP20, str(table), "--out", str(out), "--no-page", "--processes", "1", *FINE]
@@ -152,6 +153,7 @@ def test_order_of_rows_changes_neither_duplicates_nor_split(tmp_path: Path) -> N
     assert not [name for name in splits[0] if name.endswith("-copy")]
 
 
+@pytest.mark.slow
 def test_duplicates_in_disguise_stay_on_one_side(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     made, pairs = rows(60), []
@@ -312,6 +314,7 @@ def test_a_file_in_the_way_of_the_store(table: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_and_the_same_again_is_done(table: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
     run([table], out, "--cutoff", "4")

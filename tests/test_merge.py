@@ -148,6 +148,7 @@ def test_what_a_killed_merge_left_is_cleared_by_the_next(tmp_path: Path, store: 
     assert len(read(tmp_path / "c")) == 55 and check(tmp_path / "c") == []
 
 
+@pytest.mark.slow
 def test_of_two_merges_to_one_place_one_gives_way(tmp_path: Path, store: Path) -> None:
     merging = _merging(tmp_path / "c", store)
     with pytest.raises(StorageError, match="belongs to another run"):

@@ -27,6 +27,7 @@ def sh(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command], cwd=cwd, env=ENV, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_first_store_its_verbs_and_the_snippet(tmp_path: Path) -> None:
     (tmp_path / "preprocess").symlink_to(ROOT / "preprocess")
     make = "python preprocess/prototypes.py --out stores/prototypes"

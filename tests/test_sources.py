@@ -40,6 +40,7 @@ def test_shuffled_is_a_permutation(key: tuple[int, ...]) -> None:
     assert [prototypes.shuffled(place, 1000, *key) for place in range(1000)] != list(range(1000))
 
 
+@pytest.mark.slow
 def test_a_row_is_a_function_of_seed_and_number() -> None:
     source = prototypes.Prototypes(3000, seed=5)
     everything = list(source.rows(0, 3000))
