@@ -320,10 +320,12 @@ def _images(crystals: Crystals, radius: Tensor, compact: _Compact) -> _Images:
         np.matmul(cell.T, place[:, start:stop], out=right[:3, start:stop])
     np.einsum("ij,ij->j", right[:3], right[:3], out=right[4])
     shift, transform = compact.shift.numpy(), compact.transform.numpy()
-    if (transform != np.eye(3)).any():
-        moves = np.einsum("ip,pij->jp", moves, transform[batch[atom]])
-        order = np.lexsort((*moves[::-1], atom))
-        moves, right = moves[:, order], right[:, order]
+    turned = (transform != np.eye(3, dtype=np.int64)).any((1, 2))[batch[atom]]
+    if turned.any():
+        some = np.flatnonzero(turned)
+        given = np.einsum("ip,pij->jp", moves[:, some], transform[batch[atom[some]]])
+        order = np.lexsort((*given[::-1], atom[some]))
+        moves[:, some], right[:, some] = given[:, order], right[:, some[order]]
         shift = np.einsum("ai,aij->aj", shift, transform[batch])
     own = np.flatnonzero(~moves.any(0))
     if shift.any():

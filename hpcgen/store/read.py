@@ -299,10 +299,16 @@ def _cast(arrays: Arrays, dtype: np.dtype) -> Arrays:
 def _index(arrays: Arrays) -> np.ndarray:
     """Centre and neighbour of each edge, counted through all crystals. (2, E) int64."""
     index = np.empty((2, len(arrays["edges/neighbour"])), dtype=np.int64)
-    index[0] = np.repeat(np.arange(len(arrays["edges/degree"])), arrays["edges/degree"])
+    index[0] = np.arange(len(arrays["edges/degree"])).repeat(arrays["edges/degree"])
     index[1] = arrays["edges/neighbour"]
-    index[1] += np.repeat(arrays["ptr"][:-1], np.diff(arrays["edges/ptr"]))
+    if len(arrays["ptr"]) > 2:
+        index[1] += arrays["ptr"][:-1].repeat(_steps(arrays["edges/ptr"]))
     return index
+
+
+def _steps(ptr: np.ndarray) -> np.ndarray:
+    """np.diff, whose own overhead shows where single crystals are read. (N + 1,) -> (N,)."""
+    return ptr[1:] - ptr[:-1]
 
 
 def decode(arrays: Arrays, columns: Mapping[str, ColumnSpec]) -> Rows:
@@ -315,7 +321,7 @@ def decode(arrays: Arrays, columns: Mapping[str, ColumnSpec]) -> Rows:
         torch.from_numpy(arrays["frac_coords"].copy()),
         torch.from_numpy(arrays["lattice"].copy()),
         torch.from_numpy(arrays["atomic_numbers"].astype(np.int64)),
-        torch.from_numpy(np.diff(arrays["ptr"])),
+        torch.from_numpy(_steps(arrays["ptr"])),
     )
     ids = [id.decode() for id in arrays["id"].tolist()]
     return Rows(crystals, ids, {name: _column(arrays, name, spec) for name, spec in columns.items()}, edges)
