@@ -1,0 +1,1 @@
+"""How one field of a crystal is noised, and how a step un-noises it."""
