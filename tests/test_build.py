@@ -16,9 +16,13 @@ import h5py
 import numpy as np
 import psutil
 import pytest
+import torch
 from cif_texts import cubic, p1_cif, rows, write_csv
+from known_crystals import cell, crystal
 
+from hpcgen.store.parse import _in_niggli_cells, _Row
 from hpcgen.store.read import Store
+from hpcgen.store.source import Parsed, Raw
 
 ROOT = Path(__file__).resolve().parent.parent
 MP20 = [sys.executable, str(ROOT / "preprocess" / "mp20.py")]
@@ -457,6 +461,18 @@ def test_a_worker_killed_from_outside_costs_no_crystal(fine: Path, table: Path, 
         worker.kill()
     assert workers and process.wait(timeout=60) == 0, process.stderr
     assert datasets(out) == datasets(fine)
+
+
+def test_a_cell_without_a_niggli_cell_costs_its_row_alone() -> None:
+    """Sources that give lattices as they are may bring one so sheared that the reduction gives up."""
+    flat = torch.tensor([[1e4, 0, 0], [1e4, 1e-2, 0], [1e4, 0, 1e-2]], dtype=torch.float64)
+    cells = [cell(3, 4, 5), flat, cell(4, 4, 9, 90, 90, 120), flat]
+    made = [crystal(each, [[0, 0, 0]], [29]) for each in cells]
+    rows = [_Row(at, at, Raw(f"t-{at}", "", {}), None, [Parsed(f"t-{at}", one)]) for at, one in enumerate(made)]
+    left, crystals = _in_niggli_cells(rows)
+    assert [row.raw.id for row in left] == ["t-0", "t-2"] and len(crystals) == 2
+    assert [row.refused.code if row.refused else None for row in rows] == [None, "no-niggli-cell"] * 2
+    assert torch.allclose(crystals.volume, torch.stack([made[0].volume[0], made[2].volume[0]]))
 
 
 TROUBLE = """

@@ -120,11 +120,12 @@ class ParseBlock:
             row.found = [search(parsed.crystal, self.settings.symprec) for parsed in row.parsed]
 
     def _reduce(self, some: list[_Row]) -> _Reduced:
-        settings, crystals, owners = self.settings, _batch(some), _owners(some)
+        settings, owners = self.settings, _owners(some)
         if not settings.purify:
-            return _Reduced(some, in_niggli_cell(crystals) if settings.niggli else crystals, [None] * len(owners))
+            left, crystals = _in_niggli_cells(some) if settings.niggli else (some, _batch(some))
+            return _Reduced(left, crystals, [None] * len(crystals))
         pure = purify(
-            crystals,
+            _batch(some),
             [found for row in some for found in row.found],
             symprec=settings.symprec,
             niggli=settings.niggli,
@@ -134,8 +135,8 @@ class ParseBlock:
         for at, fault in pure.refused.items():
             owners[at].refuse(fault)
         whole = [k for k, at in enumerate(pure.kept.tolist()) if owners[at].refused is None]
-        left = pure.crystals if len(whole) == len(pure.kept) else pure.crystals[whole]
-        return _Reduced([row for row in some if row.refused is None], left, pure.space_group[whole].tolist())
+        crystals = pure.crystals if len(whole) == len(pure.kept) else pure.crystals[whole]
+        return _Reduced([row for row in some if row.refused is None], crystals, pure.space_group[whole].tolist())
 
     def _rows(self, parts: list[_Reduced], columns: Mapping[str, ColumnSpec]) -> Rows:
         values = [
@@ -169,6 +170,19 @@ def _owners(some: list[_Row]) -> list[_Row]:
 
 def _batch(some: list[_Row]) -> Crystals:
     return Crystals.cat([no_crystals(), *(parsed.crystal for _, parsed in _pairs(some))])
+
+
+def _in_niggli_cells(some: list[_Row]) -> tuple[list[_Row], Crystals]:
+    """The rows with their crystals in Niggli cells; a row with one that cannot be reduced is refused, alone."""
+    try:
+        return some, in_niggli_cell(_batch(some))
+    except ValueError as fault:
+        if len(some) == 1:
+            some[0].refuse(Refused("no-niggli-cell", str(fault)))
+            return [], no_crystals()
+    half = len(some) // 2
+    (first, one), (second, other) = _in_niggli_cells(some[:half]), _in_niggli_cells(some[half:])
+    return first + second, Crystals.cat([one, other])
 
 
 def _went_well(step: Callable[[_Row], None], row: _Row, cursor: Cursor) -> bool:
