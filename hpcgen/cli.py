@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     top.set_defaults(resumable=False)
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_store(verbs)
+    _add_train(verbs)
     return top
 
 
@@ -118,7 +119,7 @@ def _store_check(arguments: argparse.Namespace) -> int:
     for fault in faults:
         print(fault)
     if faults:
-        raise InputError(f"{arguments.store}: {len(faults)} faults found")
+        raise InputError(f"{arguments.store}: faults found: {len(faults)}")
     print(f"{arguments.store}: all shards are good")
     return DONE
 
@@ -137,6 +138,27 @@ def _store_merge(arguments: argparse.Namespace) -> int:
         )
     crystals = sum(shard.crystals for shard in made.shards)
     print(f"{arguments.out}: {crystals:,} crystals in {len(made.shards)} shards")
+    return DONE
+
+
+def _add_train(verbs: argparse._SubParsersAction) -> None:
+    train = verbs.add_parser("train", help="train a model; again, to go on with it: alone, under torchrun or srun")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of what differs from the defaults")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of the file")
+    train.set_defaults(run=_train, resumable=True)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from hpcgen.train.config import TrainConfig, load
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    config = load(TrainConfig, arguments.config, arguments.overrides)
+
+    from hpcgen.train.loop import train
+
+    train(config)
     return DONE
 
 

@@ -51,5 +51,5 @@ def test_structures_per_second(tmp_path: Path) -> None:
     print(f"\nprocess start (a store of 10 crystals)      {start:6.2f} s")
     print(f"parse, check, purify, Niggli, edges, shards {whole:6.2f} s  {total / whole:6.0f}/s with start")
     print(f"the same without start                      {whole - start:6.2f} s  {total / (whole - start):6.0f}/s")
-    print(f"Magpie columns add                          {magpie - whole:6.2f} s")
+    print(f"Magpie columns add                          {magpie - whole:6.2f} s  {total / (magpie - whole):6.0f}/s")
     print(f"finding duplicates adds                     {drop - whole:6.2f} s  {total / (drop - whole):6.0f}/s")

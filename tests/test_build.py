@@ -193,6 +193,12 @@ def test_bad_rows_among_good_ones(tmp_path: Path) -> None:
                         for i in range(25) for j in range(25) for k in range(16)]),
         "over": p1_cif((4, 4, 4), (90, 90, 90), [("Na", (0, 0, 0))], [1.7]),
         "partial": p1_cif((4, 4, 4), (90, 90, 90), [("Na", (0, 0, 0))], [0.5]),
+        "wild": p1_cif((1e20, 1e-20, 100), (90, 90, 90), [("Na", (0, 0, 0))]),
+    }  # fmt: skip
+    codes = {
+        "empty": "empty", "prose": "not-cif", "half": "not-cif", "element": "unknown-element", "no-cell": "no-atoms",
+        "flat": "bad-cell", "zero": "bad-cell", "close": "atoms-too-close", "crowd": "too-many-atoms",
+        "over": "bad-occupancy", "partial": "disordered", "wild": "atoms-too-close",
     }  # fmt: skip
     for number in range(200):
         kind = list(texts)[number % len(texts)]
@@ -220,7 +226,9 @@ def test_bad_rows_among_good_ones(tmp_path: Path) -> None:
     assert told["row-300"]["code"] == "bad-row" and "2 cells, want 4" in told["row-300"]["message"]
     assert told["bad-3-element"]["code"] == "bad-value" and "'wide'" in told["bad-3-element"]["message"]
     assert "not-utf-8" in {row["code"] for row in told.values()}
-    assert {row["code"] for row in told.values() if row["id"].endswith("-close")} == {"atoms-too-close"}
+    found = {(row["id"].rpartition("-")[2], row["code"]) for row in told.values()}
+    for kind, code in codes.items():
+        assert {which for of, which in found if of == kind.rpartition("-")[2]} - {"bad-value", "not-utf-8"} == {code}
     assert sorted(Store(tmp_path / "store").ids) == sorted(row["material_id"] for row in good)
 
 
@@ -340,6 +348,7 @@ def test_started_twice_at_the_same_moment(whole: Path, table: Path, tmp_path: Pa
     both = [subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ends = [(process.communicate(timeout=120)[1], process.returncode) for process in both]
     assert sorted(code for _, code in ends) in ([0, 7], [0, 0]), ends  # the later one may find it finished
+    assert all("belongs to another run, pid" in told for told, code in ends if code == 7), ends
     assert datasets(out) == datasets(whole)
 
 

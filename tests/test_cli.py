@@ -67,7 +67,21 @@ def test_check_names_every_bad_shard(store: Path, capsys: pytest.CaptureFixture[
     told = capsys.readouterr()
     assert len(told.out.splitlines()) == 2
     assert "train-00000.h5" in told.out and "val-00000.h5" in told.out
-    assert told.err == f"hpcgen: {store}: 2 faults found\n"
+    assert told.err == f"hpcgen: {store}: faults found: 2\n"
+
+
+def test_check_of_a_flipped_bit_and_of_another_version(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = store / "train-00000.h5"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    assert cli.main(["store", "check", str(store)]) == 4
+    assert "train-00000.h5" in capsys.readouterr().out
+    manifest = store / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 99'))
+    for action in ("info", "check"):
+        assert cli.main(["store", action, str(store)]) == 4
+        assert "format version 99 is newer than this hpcgen reads" in "".join(capsys.readouterr())
 
 
 def test_check_of_an_empty_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,6 +237,11 @@ def test_a_crystal_does_not_depend_on_its_batch(how: dict) -> None:
             assert getattr(together, name)[place] == getattr(alone, name)[0]
 
 
+def test_a_panic_inside_moyo_is_a_refusal() -> None:
+    sheared = crystal(torch.tensor([[4.0, 0, 0], [4e5, 4, 0], [4e5, 4e5, 4]]).double(), [[0.1, 0.2, 0.3]], [29])
+    assert [refused.code for refused in purify(sheared).refused.values()] == ["purify-failed"]
+
+
 def test_no_crystals() -> None:
     none = purify(special()["NaCl"][[]])
     assert len(none.crystals) == len(none.kept) == 0 and not none.refused

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.lattice import FLAT
 from hpcgen.crystal.refused import Refused
 
 MIN_DISTANCE = 0.5  # Å; the shortest bond, H2, has 0.74
@@ -94,6 +95,9 @@ def check_arrays(
         raise Refused("bad-volume", f"cell volume {volume:.3g} Å³, want > {min_volume:g}")
     if not least <= volume / count <= most:
         raise Refused("bad-volume", f"{volume / count:.3g} Å³ per atom, want {least:g} to {most:g}")
+    share = volume / math.prod(math.hypot(*row) for row in lattice.tolist())
+    if not share > 2 * FLAT:  # what is just above it must pass elsewhere, too
+        raise Refused("bad-volume", f"the cell is flat: its volume is {share:.3g} of a·b·c, want > {2 * FLAT:g}")
     _refuse_close(frac, lattice, _heights(inverted), min_distance)
 
 
@@ -149,7 +153,7 @@ def _surely_good(
         per_atom = volume / counts
         radius = min_distance * 1.001 + 1e-4  # beyond what single precision may add
         good &= (volume > min_volume) & (volume_per_atom[0] <= per_atom) & (per_atom <= volume_per_atom[1])
-        good &= (heights > 2 * radius).all(1)
+        good &= (heights > 2 * radius).all(1) & (volume > 3 * FLAT * np.linalg.norm(lattice, axis=2).prod(1))
         widths = radius / heights
     pairs = np.where(good, counts * (counts - 1) // 2, 0)
     piece = pairs.cumsum() // MOST_PAIRS
@@ -228,13 +232,13 @@ def _refuse_close(frac: np.ndarray, lattice: np.ndarray, heights: list[float], r
     """
     if not min(heights) > 2 * radius:
         frac, lattice, heights = _reduced(frac, lattice)
+        own = math.hypot(*lattice[0])  # the shortest vector of the reduced cell, and of all translations
+        if not own >= radius:
+            raise Refused("atoms-too-close", f"an atom lies {own:.3g} Å from its own image, want {radius:g}")
     shifts = np.zeros((1, 3))
     if not min(heights) > 2 * radius:
         reach = [range(-n, n + 1) for n in (math.ceil(radius / height + 0.5) for height in heights)]
         shifts = np.array(list(product(*reach)), dtype=float)
-        own = np.linalg.norm(shifts[shifts.any(1)] @ lattice, axis=1).min()
-        if not own >= radius:
-            raise Refused("atoms-too-close", f"an atom lies {own:.3g} Å from its own image, want {radius:g}")
     first, second = _candidates(frac, radius / np.array(heights))
     step = frac.take(second, 0) - frac.take(first, 0)
     step -= np.rint(step)
@@ -253,7 +257,7 @@ def _reduced(frac: np.ndarray, lattice: np.ndarray) -> tuple[np.ndarray, np.ndar
         basis, _ = moyopy.minkowski_reduce(lattice.tolist())
     except ValueError as fault:
         raise Refused("bad-volume", f"a cell that cannot be reduced: {fault}") from fault
-    short = np.array(basis)
+    short = np.array(sorted(basis, key=lambda row: math.hypot(*row)))
     inverted, _ = inverse(short)
     return frac @ (lattice @ inverted), short, _heights(inverted)
 

@@ -13,6 +13,7 @@ from hpcgen.crystal.refused import Refused
 from hpcgen.crystal.torus import wrap
 
 MOST_STEPS = 1000  # of the Niggli reduction; of 3,000 cells sheared by up to 50 the slowest took 146
+FLAT = 1e-9  # share of a·b·c up to which a cell counts as flat: nothing can be searched in it
 LEAST_SHARE = 1e-6  # of a·b·c that a cell must enclose; angles that make no cell come to 1e-8 by rounding
 
 
@@ -79,7 +80,7 @@ def refuse_flat(lattice: Tensor) -> None:
     """Raise ValueError naming the first of the cells (B, 3, 3) that is not finite or has no volume."""
     size = torch.linalg.vector_norm(lattice, dim=-1).prod(-1)
     share = volume(lattice) / size
-    for i in (~((share > 1e-9) & size.isfinite())).nonzero().flatten().tolist():
+    for i in (~((share > FLAT) & size.isfinite())).nonzero().flatten().tolist():
         raise ValueError(
             f"crystal {i}: lattice {lattice[i].tolist()} is flat or not finite, want three independent finite vectors"
         )

@@ -54,7 +54,9 @@ def dataset(crystal: Crystals, symprec: float, code: str) -> moyopy.MoyoDataset:
     _LOGGER.addFilter(_not_an_omission)
     try:
         return moyopy.MoyoDataset(cell, symprec=symprec)
-    except (ValueError, RuntimeError) as fault:
+    except BaseException as fault:
+        if not isinstance(fault, ValueError | RuntimeError) and type(fault).__name__ != "PanicException":
+            raise  # a panic of moyo's is no Exception, and no public class
         raise Refused(code, f"no symmetry found at symprec {symprec:g} Å: {fault}") from fault
     finally:
         _LOGGER.removeFilter(_not_an_omission)

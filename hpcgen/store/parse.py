@@ -83,7 +83,7 @@ class ParseBlock:
         return {"crystals": len(made), "refused": len(refusals)}
 
     def _through(self, some: list[_Row], cursor: Cursor) -> _Reduced:
-        """All steps for some rows. Third-party code sees one row at a time, so that the culprit is known."""
+        """All steps for some rows. Readers and symmetry search see one row at a time: the culprit is known."""
         for step in (self._fits, self._parse):
             some = [row for row in some if _went_well(step, row, cursor)]
         cursor.rest()
@@ -96,17 +96,16 @@ class ParseBlock:
         """Refuse what no column of a store can hold."""
         if row.raw.fault is not None:
             raise Refused(*row.raw.fault)
-        _refuse_text("id", row.raw.id, LONGEST_ID)
-        for name, value in row.raw.columns.items():
-            if isinstance(value, str):
-                _refuse_text(name, value, LONGEST_TEXT)
-            elif type(value) is int and not -(2**63) <= value < 2**63:
-                raise Refused("bad-value", f"{name} is {value}, want a number of 64 bits")
+        _refuse_unfit(row.raw)
 
     def _parse(self, row: _Row) -> None:
         if row.culprit is not None:
             raise Refused(row.culprit, CULPRITS.get(row.culprit, row.culprit))
         row.parsed = self.source.parse(row.raw)
+        if not row.parsed:
+            raise Refused("no-atoms", "the source gave no crystal")
+        for parsed in row.parsed:
+            _refuse_unfit(parsed)
 
     def _check(self, some: list[_Row]) -> list[_Row]:
         settings = self.settings
@@ -178,7 +177,7 @@ def _in_niggli_cells(some: list[_Row]) -> tuple[list[_Row], Crystals]:
         return some, in_niggli_cell(_batch(some))
     except ValueError as fault:
         if len(some) == 1:
-            some[0].refuse(Refused("no-niggli-cell", str(fault)))
+            some[0].refuse(Refused("no-niggli-cell", str(fault).partition(": ")[2]))  # without "crystal 0"
             return [], no_crystals()
     half = len(some) // 2
     (first, one), (second, other) = _in_niggli_cells(some[:half]), _in_niggli_cells(some[half:])
@@ -201,6 +200,16 @@ def _went_well(step: Callable[[_Row], None], row: _Row, cursor: Cursor) -> bool:
 
 def _refusal(row: _Row, refused: Refused) -> Refusal:
     return Refusal(row.row, _printable(row.raw.id), refused.code, _printable(refused.message))
+
+
+def _refuse_unfit(told: Raw | Parsed) -> None:
+    """Refuse an id or a value that no store can hold."""
+    _refuse_text("id", told.id, LONGEST_ID)
+    for name, value in told.columns.items():
+        if isinstance(value, str):
+            _refuse_text(name, value, LONGEST_TEXT)
+        elif type(value) is int and not -(2**63) <= value < 2**63:
+            raise Refused("bad-value", f"{name} is {value}, want a number of 64 bits")
 
 
 def _refuse_text(name: str, text: str, longest: int) -> None:
