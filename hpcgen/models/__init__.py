@@ -1,0 +1,1 @@
+"""Generative models: one file each, `forward` is the loss, `sample` gives crystals."""

@@ -1,0 +1,286 @@
+"""AutoPeri: joint diffusion of elements, coordinates and lattice, one network for prediction and free generation.
+
+With the time t from 0 (a crystal) to 1 (noise), σ(t)^(1/ρ) rises evenly from its least to its most (Karras et al. 2022,
+eq. 5), ρ being `schedule`:
+* coordinates carry wrapped normal noise (Jiao et al. 2023, DiffCSP); the network says `pull`, σ² times the score, over
+  its root mean square, without what moves the crystal as a whole;
+* the lattice is a vector that no rotation changes, ½ log(L Lᵀ) less log(atoms)/3 on the diagonal, standardised, with
+  normal noise and the preconditioning of Karras et al. 2022 (EDM, eq. 7 for σ_data = 1);
+* elements are hidden with probability t, and the network says which they are. Given elements are never hidden.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.lattice import lattice_from_log_metric, log_metric
+from hpcgen.crystal.torus import wrap
+from hpcgen.diffusion.draw import Draw, Purpose
+from hpcgen.diffusion.schedules import Schedule
+from hpcgen.diffusion.wrapped import centred, pull_scale, way_back
+from hpcgen.errors import InputError
+from hpcgen.models.autoperi_config import AutoPeriConfig
+from hpcgen.models.batch import Batch
+from hpcgen.models.dense import Dense, occupied
+from hpcgen.nn.basis import time_features
+from hpcgen.nn.transformer import ELEMENTS, CrystalTransformer, Reading, Shape
+from hpcgen.store.read import Store
+
+TIMES, SIZES = 32, 16  # features of the time, of the number of atoms
+_TABLE = 512  # places of the table of pull_scale
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is told of B crystals beside their noised state."""
+
+    species: Tensor  # (B,) bool: the elements of the sites are given
+    conditions: Tensor  # (B, C) standardised, NaN where left out
+    elements: Tensor  # (B, ELEMENTS) bool: of the chemical system; all False where it is left out
+
+    def without(self) -> "Known":
+        """The same with every condition left out."""
+        return Known(self.species, torch.full_like(self.conditions, math.nan), torch.zeros_like(self.elements))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The chance in one training step of B crystals of up to N atoms."""
+
+    t: Tensor  # (B,) in [0, 1)
+    sites: Tensor  # (B, N, 3) standard normal
+    lattice: Tensor  # (B, 6) standard normal
+    hide: Tensor  # (B, N) uniform: an element is hidden where it is below t
+
+
+@dataclass(frozen=True)
+class Request:
+    """B crystals to be sampled."""
+
+    index: Tensor  # (B,) int64, of the crystal in its campaign: it decides all chance
+    num_atoms: Tensor  # (B,) int64
+    species: Tensor  # (B, N) int64, 0 where it is to be found, and at padding
+    conditions: Mapping[str, float] = field(default_factory=dict)
+    elements: tuple[int, ...] = ()  # of the chemical system, if it is asked for
+    steps: int = 50
+    churn: float = 0.0  # noise added before each step, in steps: 0 is deterministic
+    speed: float = 0.0  # coordinates move 1 + speed (1 - t) times as far
+    guidance: float = 1.0  # 1: as trained; more: further away from what is made without the conditions
+
+
+class AutoPeri(nn.Module):
+    """`forward` is the loss, `sample` gives crystals."""
+
+    Config = AutoPeriConfig
+
+    lattice_mean: Tensor
+    lattice_std: Tensor
+    size_counts: Tensor
+    condition_range: Tensor
+    scales: Tensor
+
+    def __init__(self, config: AutoPeriConfig) -> None:
+        super().__init__()
+        self.config = config.checked()
+        told = TIMES + SIZES + 6 + 2 * len(config.conditions) + ELEMENTS + 2
+        self.network = CrystalTransformer(
+            Shape(config.width, config.layers, config.heads, config.pair_width,
+                  config.frequencies, config.radial, config.cutoff, told)
+        )  # fmt: skip
+        self.register_buffer("lattice_mean", torch.zeros(6))
+        self.register_buffer("lattice_std", torch.ones(6))
+        self.register_buffer("size_counts", torch.zeros(config.max_atoms + 1))  # of the training crystals, by size
+        # mean, deviation, least and most of each condition
+        self.register_buffer("condition_range", torch.zeros(len(config.conditions), 4))
+        self.site_noise = Schedule(*config.site_sigma, config.schedule)
+        self.lattice_noise = Schedule(*config.lattice_sigma, config.schedule)
+        table = pull_scale(self.site_noise.at(torch.linspace(0, 1, _TABLE, dtype=torch.float64)))
+        self.register_buffer("scales", table.float(), persistent=False)
+
+    @classmethod
+    def fitted(cls, config: AutoPeriConfig, store: Store) -> "AutoPeri":
+        """A new model whose scales are those of the crystals of a store. Raises InputError for crystals too large."""
+        model = cls(config)
+        sizes = torch.from_numpy(store.sizes().atoms)
+        if sizes.max() > config.max_atoms:
+            raise InputError(f"{store.path}: a crystal has {sizes.max()} atoms, want autoperi.max_atoms >= that")
+        model.size_counts.copy_(torch.bincount(sizes, minlength=config.max_atoms + 1))
+        vectors = torch.cat([_lattice_vector(rows.crystals.lattice, rows.crystals.num_atoms)
+                             for rows in store.iter_rows()]).double()  # fmt: skip
+        model.lattice_mean.copy_(vectors.mean(0))
+        model.lattice_std.copy_(vectors.std(0).clamp_min(1e-3))
+        for at, name in enumerate(config.conditions):
+            column = store.column(name)
+            there = torch.from_numpy(column.values[~column.missing].astype("float64"))
+            if len(there) < 2:
+                raise InputError(f"{store.path}: column {name} has {len(there)} values, want at least 2")
+            stats = [there.mean(), there.std().clamp_min(1e-6), there.min(), there.max()]
+            model.condition_range[at] = torch.stack(stats)
+        return model
+
+    # ---- learning ----------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Means over the batch's crystals: loss, and its parts sites, lattice, species."""
+        dense = Dense.of(batch.crystals)
+        return self.losses(
+            dense, self.noise(batch, draw, dense.mask.shape[1]), self._told_in_training(batch, draw, dense)
+        )
+
+    def noise(self, batch: Batch, draw: Draw, length: int) -> Noise:
+        """A function of (seed, step, sample, site)."""
+        index, step, dtype = batch.index, batch.step, batch.crystals.frac_coords.dtype
+        return Noise(
+            draw.uniform(Purpose.TIME, index, step)[:, 0].to(dtype),
+            draw.normal(Purpose.SITE, index, step, length, 3, dtype),
+            draw.normal(Purpose.LATTICE, index, step, channels=6, dtype=dtype),
+            draw.uniform(Purpose.SPECIES, index, step, length)[..., 0].to(dtype),
+        )
+
+    def _told_in_training(self, batch: Batch, draw: Draw, dense: Dense) -> Known:
+        config, count = self.config, len(self.config.conditions)
+        chance = draw.uniform(Purpose.CONDITION, batch.index, batch.step, channels=2 + count)
+        species = chance[:, 0] < config.known_species
+        told = (chance[:, 1] < config.chemical_system) & ~species
+        elements = functional.one_hot(dense.species, ELEMENTS + 1).any(1)[:, 1:] & told[:, None]
+        values = self.standardised(batch.conditions, len(batch), dense.frac)
+        return Known(species, values.masked_fill(chance[:, 2:] < config.condition_dropout, math.nan), elements)
+
+    def losses(self, dense: Dense, noise: Noise, known: Known) -> dict[str, Tensor]:
+        """The loss and its parts for given noise."""
+        config, mask, t = self.config, dense.mask, noise.t
+        site_sigma, lattice_sigma = self.site_noise.at(t), self.lattice_noise.at(t)[:, None]
+        sites = wrap(dense.frac + site_sigma[:, None, None] * noise.sites) * mask.unsqueeze(-1)
+        clean = self.standard_lattice(dense.lattice, dense.num_atoms)
+        lattice = clean + lattice_sigma * noise.lattice
+        hidden = (noise.hide < t[:, None]) & ~known.species[:, None] & mask
+        said = self.read(t, dense.species.masked_fill(hidden, 0), sites, lattice, mask, known)
+
+        way = way_back(dense.frac, sites, site_sigma, mask) / self.scale(t)[:, None, None]
+        site_loss = ((centred(said.sites, mask) - way).square().sum((1, 2)) / (3 * mask.sum(1))).mean()
+        root = (1 + lattice_sigma.square()).sqrt()
+        lattice_loss = (said.lattice - (clean - lattice / root.square()) * root / lattice_sigma).square().mean()
+        entropy = functional.cross_entropy(said.species.mT, (dense.species - 1).clamp_min(0), reduction="none")
+        species_loss = ((entropy * hidden).sum(1) / hidden.sum(1).clamp_min(1)).mean()
+        loss = site_loss + config.lattice_weight * lattice_loss + config.species_weight * species_loss
+        return {"loss": loss, "sites": site_loss, "lattice": lattice_loss, "species": species_loss}
+
+    def read(self, t: Tensor, species: Tensor, sites: Tensor, lattice: Tensor, mask: Tensor, known: Known) -> Reading:
+        """What the network says of noised crystals: t (B,), species (B, N), sites (B, N, 3), lattice (B, 6)."""
+        square = 1 + self.lattice_noise.at(t)[:, None].square()
+        size = mask.sum(1).to(t.dtype)
+        left_out = known.conditions.isnan()
+        told = torch.cat([
+            time_features(t, TIMES),
+            time_features(size.log() / 8, SIZES),
+            lattice / square.sqrt(),
+            known.conditions.masked_fill(left_out, 0.0),
+            left_out.to(t.dtype),
+            known.elements.to(t.dtype),
+            torch.stack([known.elements.any(1), known.species], 1).to(t.dtype),
+        ], 1)  # fmt: skip
+        # the lattice as far as it is known: its mean given the noised one, were all lattices normally distributed
+        return self.network(species, sites, self.real_lattice(lattice / square, mask.sum(1)), told, mask)
+
+    # ---- sampling ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, request: Request, draw: Draw) -> Crystals:
+        """Crystals by as many calls of the network as there are steps, twice as many with guidance."""
+        index, length = request.index, request.species.shape[1]
+        mask, species = occupied(request.num_atoms, length), request.species
+        known = self._told_in_sampling(request, mask)
+        sites = draw.uniform(Purpose.SITE, index, 0, length, 3)
+        lattice = self.lattice_noise.most * draw.normal(Purpose.LATTICE, index, channels=6)
+        times = [1 - k / request.steps for k in range(request.steps + 1)]
+        for k, (now, then) in enumerate(zip(times, times[1:], strict=False)):
+            start = min(1.0, now + request.churn * (now - then)) if k else now
+            if start > now:
+                sites = sites + self.site_noise.added(now, start) * draw.normal(Purpose.CHURN, index, k, length, 3)
+                lattice = lattice + self.lattice_noise.added(now, start) * draw.normal(
+                    Purpose.CHURN_LATTICE, index, k, channels=6)  # fmt: skip
+            t = sites.new_full((len(index),), start)
+            said = self._guided(t, species, wrap(sites) * mask.unsqueeze(-1), lattice, mask, known, request.guidance)
+            left = self.site_noise.left(start, then)
+            ahead = (1 - left) * (1 + request.speed * (1 - start)) if then else 1.0
+            sites = wrap(sites + ahead * self.scale(t)[:, None, None] * centred(said.sites, mask))
+            sigma = self.lattice_noise.sigma(start)
+            clean = (lattice + sigma * math.sqrt(1 + sigma**2) * said.lattice) / (1 + sigma**2)
+            lattice = clean + self.lattice_noise.left(start, then) * (lattice - clean)
+            species = _revealed(species, said.species, mask, 1 - then / now, draw, index, k)
+        return Dense(species, sites, self.real_lattice(lattice, request.num_atoms), mask).crystals()
+
+    def _told_in_sampling(self, request: Request, mask: Tensor) -> Known:
+        count, like = len(request.index), request.species
+        values = {name: torch.full((count,), value, device=like.device) for name, value in request.conditions.items()}
+        elements = torch.zeros(count, ELEMENTS, dtype=torch.bool, device=like.device)
+        elements[:, [number - 1 for number in request.elements]] = True
+        given = ((request.species > 0) | ~mask).all(1)
+        return Known(given, self.standardised(values, count, self.lattice_mean), elements)
+
+    def _guided(
+        self, t: Tensor, species: Tensor, sites: Tensor, lattice: Tensor, mask: Tensor, known: Known, guidance: float
+    ) -> Reading:
+        said = self.read(t, species, sites, lattice, mask, known)
+        if guidance == 1.0:
+            return said
+        free = self.read(t, species, sites, lattice, mask, known.without())
+        return Reading(
+            torch.lerp(free.sites, said.sites, guidance),
+            torch.lerp(free.lattice, said.lattice, guidance),
+            torch.lerp(free.species, said.species, guidance),
+        )
+
+    # ---- scales ------------------------------------------------------------------------------------------
+
+    def scale(self, t: Tensor) -> Tensor:
+        """Root mean square of the coordinates' `pull` at time t. (B,) -> (B,)."""
+        place = t * (_TABLE - 1)
+        low = place.floor().clamp(0, _TABLE - 2)
+        at = low.long()
+        table = self.scales.to(t.dtype).log()
+        return torch.lerp(table[at], table[at + 1], place - low).exp()
+
+    def standard_lattice(self, lattice: Tensor, num_atoms: Tensor) -> Tensor:
+        """Lattices (B, 3, 3) Å as vectors (B, 6) of mean 0 and deviation 1 over the training crystals."""
+        return (_lattice_vector(lattice, num_atoms) - self.lattice_mean) / self.lattice_std
+
+    def real_lattice(self, vector: Tensor, num_atoms: Tensor) -> Tensor:
+        """The inverse of `standard_lattice`: (B, 6) -> (B, 3, 3) Å, a along x, b in the xy plane."""
+        vector = vector * self.lattice_std + self.lattice_mean
+        return lattice_from_log_metric(vector + _size_part(vector, num_atoms))
+
+    def standardised(self, conditions: Mapping[str, Tensor], count: int, like: Tensor) -> Tensor:
+        """Values of the conditions, each (B,), by name -> (B, C) standardised; NaN where one is not told."""
+        values = like.new_full((count, len(self.config.conditions)), math.nan)
+        for at, name in enumerate(self.config.conditions):
+            if name in conditions:
+                mean, deviation = self.condition_range[at, :2]
+                values[:, at] = (conditions[name].to(values) - mean) / deviation
+        return values
+
+
+def _lattice_vector(lattice: Tensor, num_atoms: Tensor) -> Tensor:
+    """½ log(L Lᵀ) less what a cell of so many atoms has on the diagonal anyway. (B, 3, 3), (B,) -> (B, 6)."""
+    vector = log_metric(lattice)
+    return vector - _size_part(vector, num_atoms)
+
+
+def _size_part(like: Tensor, num_atoms: Tensor) -> Tensor:
+    return num_atoms.to(like.dtype).log()[:, None] / 3 * like.new_tensor([1, 1, 1, 0, 0, 0])
+
+
+def _revealed(
+    species: Tensor, logits: Tensor, mask: Tensor, share: float, draw: Draw, index: Tensor, step: int
+) -> Tensor:
+    """Each hidden element is drawn from the network's chances with probability `share`. (B, N) -> (B, N)."""
+    hidden = (species == 0) & mask
+    chance = draw.uniform(Purpose.SPECIES, index, step, species.shape[1], 2)
+    up_to = logits.float().softmax(-1).cumsum(-1)
+    drawn = 1 + (up_to < chance[..., :1] * up_to[..., -1:]).sum(-1).clamp_max(ELEMENTS - 1)
+    return torch.where(hidden & (chance[..., 1] < share), drawn, species)

@@ -1,0 +1,25 @@
+"""All generative models by name. A model is an nn.Module with three more members:
+
+    Model.Config                         dataclass of its settings, torch-free, in a module of its own
+    Model.fitted(config, store) -> Model  a new one, its scales and tables taken from a training store
+    model(batch, draw) -> {"loss": ..., ...}  means over the batch's crystals; DDP hooks only forward
+    model.sample(request, draw) -> Crystals
+
+Checkpoints hold `config` as a dict, and the state dict; what `fitted` took from the store are buffers in it.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from hpcgen.errors import UsageError
+from hpcgen.models.autoperi import AutoPeri
+
+MODELS: dict[str, Any] = {"autoperi": AutoPeri}
+
+
+def model_named(name: str) -> type[nn.Module]:
+    """The class of that name. Raises UsageError listing those there are."""
+    if name not in MODELS:
+        raise UsageError(f"model {name!r}: want one of {', '.join(MODELS)}")
+    return MODELS[name]

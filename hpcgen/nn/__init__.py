@@ -1,0 +1,1 @@
+"""Networks: crystals and features in, tensors out. They know neither noise nor losses."""

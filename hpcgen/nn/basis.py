@@ -1,0 +1,54 @@
+"""Features that a network reads: angular Fourier features, radial functions, minimum images, the time."""
+
+import math
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from hpcgen.crystal.torus import shortest_step
+
+SOFTNESS = 0.5  # Å; images nearly as near as the nearest share in its vector, so that a tie has no winner
+
+
+def fourier(step: Tensor, frequencies: int) -> Tensor:
+    """Angular Fourier features exp(-2πi k·step) along each axis, k = 1 to `frequencies`, real and imaginary parts.
+
+    step (..., 3) in cell units -> (..., 6 frequencies). Periodic: a whole cell more changes nothing.
+    """
+    k = torch.arange(1, frequencies + 1, device=step.device, dtype=step.dtype)
+    angle = (-2 * math.pi) * (step.unsqueeze(-1) * k).flatten(-2)  # (..., 3 frequencies)
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def radial(distance: Tensor, count: int, cutoff: float) -> Tensor:
+    """Gaussians at `count` places from 0 to `cutoff` Å, as wide as they are apart. (...,) Å -> (..., count)."""
+    places = torch.linspace(0.0, cutoff, count, device=distance.device, dtype=distance.dtype)
+    return torch.exp(-((distance.unsqueeze(-1) - places) * ((count - 1) / cutoff)).square())
+
+
+def time_features(t: Tensor, count: int) -> Tensor:
+    """Cosines and sines of the time in [0, 1] at geometric frequencies. (B,) -> (B, count), count even."""
+    rates = torch.exp(torch.linspace(0.0, math.log(200.0), count // 2, device=t.device, dtype=t.dtype))
+    angle = t.unsqueeze(-1) * rates
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+def nearest_images(frac: Tensor, lattice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps, minimum-image vectors and distances of all pairs, i to j. frac (B, N, 3), lattice (B, 3, 3) Å.
+
+    -> step (B, N, N, 3) in [-1/2, 1/2], vector (B, N, N, 3) Å, distance (B, N, N) Å. The images looked at are the 27
+    round the step: exact in Niggli cells (see crystal.wigner_seitz), near it in the cells met on the way to one. The
+    distance is that of the nearest image; the vector is the mean over images by exp(-d² / SOFTNESS²), which is that of
+    the nearest where there is one and changes smoothly where there are two.
+    """
+    step = shortest_step(frac.unsqueeze(2), frac.unsqueeze(1))  # (B, N, N, 3)
+    offsets = torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=3)), device=frac.device, dtype=frac.dtype) @ lattice
+    vector = torch.einsum("bijc,bcd->bijd", step, lattice)
+    across = torch.einsum("bijd,bmd->bijm", vector, offsets)  # (B, N, N, 27)
+    square = (2 * across + offsets.square().sum(-1)[:, None, None]) + vector.square().sum(-1, keepdim=True)
+    nearest = square.amin(-1)
+    weight = torch.exp((nearest.unsqueeze(-1) - square) / SOFTNESS**2)
+    weight = weight / weight.sum(-1, keepdim=True)
+    mean = vector + torch.einsum("bijm,bmd->bijd", weight, offsets)
+    return step, mean, nearest.clamp_min(1e-12).sqrt()

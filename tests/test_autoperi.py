@@ -1,0 +1,235 @@
+"""The laws of AutoPeri in float64: translation, rotation, relabelling, padding and batching; its sampler."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.lattice import lattice_from_log_metric, log_metric
+from hpcgen.diffusion.draw import Draw, Purpose
+from hpcgen.diffusion.wrapped import centred, way_back
+from hpcgen.models.autoperi import AutoPeri, Known, Noise, Request
+from hpcgen.models.autoperi_config import AutoPeriConfig
+from hpcgen.models.batch import Batch
+from hpcgen.models.dense import Dense
+from hpcgen.nn.transformer import ELEMENTS, Reading
+
+sys.path.insert(0, str(Path(__file__).parent))
+from known_crystals import quartz, rotated, special, translated  # noqa: E402
+
+TINY = AutoPeriConfig(width=32, layers=2, heads=4, pair_width=8, conditions=["band_gap"])
+NAMES = ["NaCl", "fcc", "diamond", "hcp", "one atom", "skewed"]
+
+
+def model(config: AutoPeriConfig = TINY) -> AutoPeri:
+    """Random weights everywhere, the last layers too, so that nothing is zero by construction."""
+    torch.manual_seed(0)
+    made = AutoPeri(config).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        made.lattice_std.fill_(0.2)
+        made.lattice_mean.copy_(torch.tensor([0.9, 0.9, 0.9, 0, 0, 0]))
+        made.condition_range[:, :2] = torch.tensor([1.0, 2.0])
+    return made.eval()
+
+
+def crystals() -> Crystals:
+    return Crystals.cat([quartz(1), *(special()[name] for name in NAMES)])
+
+
+def batch_of(of: Crystals, step: int = 3) -> Batch:
+    count = len(of)
+    gaps = torch.linspace(0, 4, count).double()
+    gaps[1::3] = float("nan")
+    return Batch(of, torch.arange(count) + 5, step, {"band_gap": gaps})
+
+
+def losses_of(net: AutoPeri, of: Crystals, noise: Noise, known: Known) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return net.losses(Dense.of(of), noise, known)
+
+
+def setting(net: AutoPeri, of: Crystals) -> tuple[Noise, Known]:
+    """Chance of one step, some crystals with their elements given and some without."""
+    batch, dense = batch_of(of), Dense.of(of)
+    draw = Draw(11)
+    noise = net.noise(batch, draw, dense.mask.shape[1])
+    return noise, net._told_in_training(batch, draw, dense)
+
+
+def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(abs(one[name] - other[name]) < 1e-9 for name in one)
+
+
+def test_translation_and_rotation_leave_the_loss_alone() -> None:
+    net, of = model(), crystals()
+    noise, known = setting(net, of)
+    plain = losses_of(net, of, noise, known)
+    assert all(value > 0 for value in plain.values())
+    each = [of[k] for k in range(len(of))]
+    for k in range(len(each)):
+        moved = [*each[:k], translated(each[k], [0.31, 0.77, 0.13]), *each[k + 1 :]]
+        assert close(losses_of(net, Crystals.cat(moved), noise, known), plain)
+        turned = [*each[:k], rotated(each[k], seed=k), *each[k + 1 :]]
+        assert close(losses_of(net, Crystals.cat(turned), noise, known), plain)
+        stretched = replace(each[k], lattice=each[k].lattice * 1.01)
+        assert not close(losses_of(net, Crystals.cat([*each[:k], stretched, *each[k + 1 :]]), noise, known), plain)
+
+
+def test_relabelling_atoms_relabels_the_noise_and_nothing_else() -> None:
+    net, of = model(), quartz(1)
+    noise, known = setting(net, of)
+    order = torch.tensor([4, 0, 8, 2, 1, 7, 3, 5, 6])
+    other = Crystals(of.frac_coords[order], of.lattice, of.atomic_numbers[order], of.num_atoms)
+    same_noise = Noise(noise.t, noise.sites[:, order], noise.lattice, noise.hide[:, order])
+    plain = losses_of(net, of, noise, known)
+    assert close(losses_of(net, other, same_noise, known), plain)
+    assert not close(losses_of(net, other, noise, known), plain)
+
+
+def test_what_the_network_says_turns_as_it_should() -> None:
+    net = model()
+    dense = Dense.of(crystals())
+    noise, known = setting(net, crystals())
+    vector = net.standard_lattice(dense.lattice, dense.num_atoms)
+
+    def said(frac: Tensor, species: Tensor, mask: Tensor) -> Reading:
+        with torch.no_grad():
+            return net.read(noise.t, species, frac, vector, mask, known)
+
+    plain = said(dense.frac, dense.species, dense.mask)
+    moved = said((dense.frac + torch.tensor([0.2, 0.9, 0.4])) % 1.0, dense.species, dense.mask)
+    order = torch.randperm(dense.mask.shape[1], generator=torch.Generator().manual_seed(0))
+    mixed = said(dense.frac[:, order], dense.species[:, order], dense.mask[:, order])
+    for mine, theirs, shuffled in zip(vars(plain).values(), vars(moved).values(), vars(mixed).values(), strict=True):
+        kept = dense.mask if mine.ndim == 3 else slice(None)
+        assert torch.allclose(mine[kept], theirs[kept], atol=1e-9)
+        again = mine[:, order] if mine.ndim == 3 else mine
+        kept = dense.mask[:, order] if mine.ndim == 3 else slice(None)
+        assert torch.allclose(again[kept], shuffled[kept], atol=1e-9)
+
+
+def test_padding_and_batching_change_nothing() -> None:
+    net, of = model(), crystals()
+    noise, known = setting(net, of)
+    plain = losses_of(net, of, noise, known)
+    alone = []
+    for k in range(len(of)):
+        atoms = int(of.num_atoms[k])
+        one = Noise(noise.t[[k]], noise.sites[[k], :atoms], noise.lattice[[k]], noise.hide[[k], :atoms])
+        own = Known(known.species[[k]], known.conditions[[k]], known.elements[[k]])
+        alone.append(losses_of(net, of[k], one, own))
+    mean = {name: torch.stack([each[name] for each in alone]).mean() for name in plain}
+    assert close(plain, mean)
+    longer = Dense.of(of, 30)
+    draw = Draw(11)
+    wide = net.noise(batch_of(of), draw, 30)
+    with torch.no_grad():
+        assert close(net.losses(longer, wide, known), plain)
+
+
+def test_the_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
+    net, of = model(), crystals()
+    whole = net.noise(batch_of(of), Draw(11), 9)
+    part = batch_of(of)
+    part = Batch(of[[2, 4]], part.index[[2, 4]], part.step)
+    for one, other in zip(vars(whole).values(), vars(net.noise(part, Draw(11), 9)).values(), strict=True):
+        assert torch.equal(one[[2, 4]], other)
+
+
+def test_a_missing_condition_trains_as_absent() -> None:
+    net, of = model(replace(TINY, condition_dropout=0.0)), crystals()
+    _, known = setting(net, of)
+    assert known.conditions.isnan()[:, 0].tolist() == batch_of(of).conditions["band_gap"].isnan().tolist()
+    net = model(replace(TINY, condition_dropout=1.0))
+    assert setting(net, of)[1].conditions.isnan().all()
+
+
+def test_lattice_vectors_come_back() -> None:
+    net, of = model(), crystals()
+    vector = net.standard_lattice(of.lattice, of.num_atoms)
+    back = net.real_lattice(vector, of.num_atoms)
+    assert torch.allclose(back @ back.mT, of.lattice @ of.lattice.mT, atol=1e-9)
+    assert torch.allclose(lattice_from_log_metric(log_metric(of.lattice)), back, atol=1e-9)
+
+
+class Oracle(AutoPeri):
+    """Knows the crystals: says what the loss would want to hear."""
+
+    truth: Dense
+
+    def read(self, t, species, sites, lattice, mask, known) -> Reading:
+        sigma = self.lattice_noise.at(t)[:, None]
+        way = way_back(self.truth.frac, sites, self.site_noise.at(t), mask) / self.scale(t)[:, None, None]
+        root = (1 + sigma.square()).sqrt()
+        clean = self.standard_lattice(self.truth.lattice, self.truth.num_atoms)
+        logits = 60.0 * torch.nn.functional.one_hot((self.truth.species - 1).clamp_min(0), ELEMENTS)
+        return Reading(way, (clean - lattice / root.square()) * root / sigma, logits.to(way.dtype))
+
+
+@pytest.mark.parametrize("how", [{"steps": 8}, {"steps": 50}, {"steps": 50, "churn": 1.0}, {"steps": 40, "speed": 1.0}])
+@pytest.mark.parametrize("given", [True, False])
+def test_with_a_network_that_knows_the_crystals_sampling_gives_them(how: dict, given: bool) -> None:
+    of = crystals().to(dtype=torch.float32)
+    net = Oracle(replace(TINY, conditions=[]))
+    net.truth = Dense.of(of)
+    species = net.truth.species if given else torch.zeros_like(net.truth.species)
+    out = net.sample(Request(torch.arange(len(of)), of.num_atoms, species, **how), Draw(5))
+    assert torch.equal(out.atomic_numbers, of.atomic_numbers) and torch.equal(out.num_atoms, of.num_atoms)
+    assert torch.allclose(out.lattice @ out.lattice.mT, of.lattice @ of.lattice.mT, rtol=1e-3, atol=1e-3)
+    dense = Dense.of(out)
+    apart = dense.frac - net.truth.frac
+    apart = centred(apart - apart[:, :1] - (apart - apart[:, :1]).round(), dense.mask)  # up to a translation
+    assert apart.abs().max() < 1e-3
+
+
+def test_a_sample_is_a_function_of_seed_and_index() -> None:
+    net = model(replace(TINY, conditions=[])).float()
+    counts = torch.tensor([3, 5, 2, 4])
+    species = torch.zeros(4, 5, dtype=torch.int64)
+    request = Request(torch.arange(4) + 7, counts, species, steps=5, churn=0.5)
+    one, again, other = (net.sample(request, Draw(seed)) for seed in (1, 1, 2))
+    assert torch.equal(one.frac_coords, again.frac_coords) and torch.equal(one.lattice, again.lattice)
+    assert not torch.equal(one.frac_coords, other.frac_coords)
+    turned = net.sample(replace(request, index=request.index.flip(0), num_atoms=counts.flip(0)), Draw(1))
+    for k in range(4):
+        mine, theirs = one[k], turned[3 - k]
+        assert torch.equal(mine.atomic_numbers, theirs.atomic_numbers)
+        assert torch.allclose(mine.lattice, theirs.lattice, rtol=1e-3)
+
+
+def test_guidance_of_one_is_none_and_more_goes_further() -> None:
+    net = model().float()
+    species = torch.zeros(2, 4, dtype=torch.int64)
+    request = Request(torch.arange(2), torch.tensor([4, 3]), species, {"band_gap": 3.0}, (8, 22), steps=4)
+    plain, stronger = net.sample(request, Draw(1)), net.sample(replace(request, guidance=3.0), Draw(1))
+    free = net.sample(replace(request, conditions={}, elements=()), Draw(1))
+    assert not torch.equal(plain.lattice, stronger.lattice) and not torch.equal(plain.lattice, free.lattice)
+
+
+def test_the_loss_falls() -> None:
+    torch.manual_seed(0)
+    net, of = AutoPeri(replace(TINY, conditions=[])), crystals().to(dtype=torch.float32)
+    optimiser = torch.optim.AdamW(net.parameters(), 3e-3)
+    draw, index, seen = Draw(0), torch.arange(len(of)), []
+    for step in range(300):
+        optimiser.zero_grad()
+        loss = net(Batch(of, index, step), draw)["loss"]
+        loss.backward()
+        optimiser.step()
+        seen.append(loss.item())
+    assert sum(seen[-20:]) < 0.75 * sum(seen[:20])
+
+
+@pytest.mark.parametrize("purpose", [Purpose.SITE, Purpose.LATTICE])
+def test_training_noise_changes_with_step_and_sample(purpose: Purpose) -> None:
+    net, of = model(), crystals()
+    first, later = net.noise(batch_of(of, 3), Draw(1), 9), net.noise(batch_of(of, 4), Draw(1), 9)
+    name = {Purpose.SITE: "sites", Purpose.LATTICE: "lattice"}[purpose]
+    assert not torch.equal(getattr(first, name), getattr(later, name))
+    assert len(getattr(first, name).flatten(1).unique(dim=0)) == len(of)
