@@ -180,6 +180,12 @@ def test_a_rank_with_nothing_is_lent_a_crystal_of_no_weight(store: Path) -> None
         assert all(len(s.rows) == 1 for s in shares) and [s.weight for s in shares].count(0.0) >= 3
 
 
+def test_a_share_says_where_its_rows_stand_in_the_store(store: Path) -> None:
+    for rank in range(3):
+        for part in _batches(store, rank, 3):
+            assert [str(k) for k in part.index] == list(part.rows.ids)
+
+
 def test_loading_leaves_the_global_generator_alone(store: Path) -> None:
     torch.manual_seed(0)
     before = torch.random.get_rng_state()

@@ -26,6 +26,8 @@ TORCH_FREE = [
     "hpcgen.files",
     "hpcgen.errors",
     "hpcgen.runner.blocks",
+    "hpcgen.train.config",
+    "hpcgen.models.autoperi_config",
 ]
 
 

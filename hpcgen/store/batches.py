@@ -194,6 +194,7 @@ class Share:
     rows: "Rows"
     weight: float  # the rank's crystals over those of the global batch: all ranks' weights sum to 1
     crystals: int  # of the global batch
+    index: np.ndarray  # (B,) int64: the places of the rows in the store
 
 
 class StoreBatches:
@@ -233,7 +234,7 @@ class StoreBatches:
         weight = len(mine) / len(batch)
         if not len(mine):
             mine = batch[[atoms.argmin()]]
-        return Share(step, self.store.rows(mine), weight, len(batch))
+        return Share(step, self.store.rows(mine), weight, len(batch), mine)
 
     def __iter__(self) -> Iterator[Share]:
         return (self[step] for step in self.steps)

@@ -1,0 +1,294 @@
+"""What the ranks of a run tell each other, and how they meet and leave.
+
+torch.distributed carries gradients and a few numbers a step. All else (who goes on from which checkpoint, who failed
+and why, that all is saved) goes through the key-value store of the rendezvous, which a dead rank cannot block.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hpcgen.errors import HpcgenError, SiteError, StoppedEarly
+from hpcgen.runner.stop import SIGNALS
+from hpcgen.runner.team import exit_code
+from hpcgen.train.place import Place
+
+log = logging.getLogger(__name__)
+_GRACE_S = 5.0  # the rank that keeps the store waits so long for the others to have read it
+_SELF_S = 10.0  # rank 0, which owns the run folder, gets so long to leave in order
+_KNOCK = timedelta(seconds=3)
+
+
+class ToldByAnother(HpcgenError):
+    """Another rank failed: its sentence, and its exit code."""
+
+    def __init__(self, code: int, said: str) -> None:
+        super().__init__(said)
+        self.exit_code = code
+
+
+class Ranks:
+    """All ranks of a run. As a context manager it makes sure that none is left behind when another fails.
+
+    With more than one rank the process ends at the end of the block, by os._exit with the run's exit code: an
+    interpreter that shuts down in order takes seconds, and may wait for ranks that are gone.
+    """
+
+    def __init__(self, place: Place, device: torch.device, store: dist.Store | None = None) -> None:
+        self.place, self.device, self.store = place, device, store
+        self.rank, self.world = place.rank, place.world
+        self._asked = 0
+        if store is not None:
+            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+
+    def sum(self, values: Tensor) -> list[float]:
+        """Sums over the ranks of numbers (K,), float64, the same on all of them."""
+        if self.store is not None:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def from_first(self, call: Callable[[], Any]) -> Any:
+        """What `call` gives on rank 0, a JSON value, on every rank; or its error, raised on every rank."""
+        if self.store is None:
+            return call()
+        self._asked += 1
+        key = f"first/{self._asked}"
+        if self.rank:
+            self.store.wait([key])
+            told = json.loads(self.store.get(key))
+            if "said" in told:
+                raise ToldByAnother(told["code"], told["said"])
+            return told["value"]
+        try:
+            value = call()
+        except Exception as fault:
+            self.store.set(key, json.dumps({"code": exit_code(fault), "said": str(fault)}))
+            raise
+        self.store.set(key, json.dumps({"value": value}))
+        return value
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.store is None:
+            return
+        for number in SIGNALS:  # torchrun sends TERM to those still here when the first one leaves
+            signal.signal(number, signal.SIG_IGN)
+        if fault is None or isinstance(fault, StoppedEarly):
+            code = self._agree(0 if fault is None else exit_code(fault))
+            said = str(fault or "") if not self.rank else ""
+        else:
+            code, said = self._account(fault)
+        if said:
+            log.critical("%s", said)
+        _leave(code)
+
+    def _agree(self, code: int) -> int:
+        """All is done or stopped: the others wait until rank 0, which saves, says so; rank 0 until they heard it."""
+        assert self.store is not None
+        try:
+            if self.rank == 0:
+                self.store.set("saved", str(code))
+                self._wait_for_the_others()
+                return code
+            self.store.wait(["saved"])
+            told = int(self.store.get("saved"))
+            self.store.add("left", 1)
+            return told
+        except RuntimeError as fault:
+            log.warning("rank %d: rank 0 left without a word (%s)", self.rank, _line(fault))
+            return code
+
+    def _account(self, fault: BaseException) -> tuple[int, str]:
+        """Exit code and last words after an error, here or, if that was only its echo, on another rank."""
+        assert self.store is not None
+        code, said = exit_code(fault), ""
+        if isinstance(fault, KeyboardInterrupt):
+            code = StoppedEarly.exit_code
+        where = f"rank {self.rank} of {self.world} on {os.uname().nodename}"
+        try:
+            echo = isinstance(fault, ToldByAnother) or (_is_echo(fault) and self._heard())
+            if echo and not isinstance(fault, ToldByAnother):
+                code = json.loads(self.store.get("fault"))["code"]
+            if not echo:
+                said = f"{where}: {fault}" if isinstance(fault, HpcgenError) else f"{where}\n{_trace(fault)}"
+                number = self.store.add("faults", 1)
+                known = self.store.compare_set("sentence", "", str(fault)).decode() == str(fault)
+                if isinstance(fault, HpcgenError) and known and number > 1:  # agreed by all: once is enough
+                    said = ""
+                elif _is_echo(fault):
+                    code, said = SiteError.exit_code, f"{where}: another rank ended without a word ({_line(fault)})"
+                self.store.set("fault", json.dumps({"code": code, "rank": self.rank}))
+            if self.rank == 0:
+                self.store.set("saved", str(code))
+                self._wait_for_the_others()
+            else:
+                self.store.add("left", 1)
+        except RuntimeError as lost:  # the store went down with rank 0
+            said = said or f"{where}: {_line(fault)} ({_line(lost)})"
+        return code, said
+
+    def _watch(self) -> None:
+        """End this process when another rank has failed: it may wait for that one in a collective, for ever."""
+        assert self.store is not None
+        try:
+            while not self.store.check(["fault"]):
+                time.sleep(1.0)
+            told = json.loads(self.store.get("fault"))
+            time.sleep(_SELF_S if self.rank == 0 else 1.0)
+            self.store.add("left", 1)
+        except RuntimeError:  # no store, no rank 0: the collectives say so as well
+            return
+        log.warning("rank %d of %d: leaving, since rank %d failed", self.rank, self.world, told["rank"])
+        _leave(told["code"])
+
+    def _heard(self) -> bool:
+        """Whether another rank said why it failed; a moment is left for it to do so."""
+        assert self.store is not None
+        end = time.monotonic() + 3.0
+        while not self.store.check(["fault"]):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def _wait_for_the_others(self) -> None:
+        assert self.store is not None
+        end = time.monotonic() + _GRACE_S
+        while self.store.add("left", 0) < self.world - 1 and time.monotonic() < end:
+            time.sleep(0.02)
+
+
+def join(place: Place, device: torch.device, timeout_s: float) -> Ranks:
+    """Meet the other ranks, and prove by a sum that all are there. Raises SiteError."""
+    if place.world == 1:
+        return Ranks(place, device)
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = _meet(place, timeout)
+        own = dist.PrefixStore("hpcgen", store)
+        own.set_timeout(timeout)
+        _refuse_shared_gpus(own, place, device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("torch", store), rank=place.rank, world_size=place.world, timeout=timeout
+        )
+        count = torch.ones(1, dtype=torch.float64, device=device)
+        dist.all_reduce(count)
+    except (RuntimeError, ValueError) as fault:
+        raise SiteError(
+            f"rank {place.rank} of {place.world} could not meet the others at {place.address} "
+            f"within {timeout_s:.0f} s: {_line(fault)}"
+        ) from fault
+    if int(count.item()) != place.world:
+        raise SiteError(f"{place.kind} started {place.world} ranks, but {int(count.item())} answer")
+    return Ranks(place, device, own)
+
+
+def _meet(place: Place, timeout: timedelta) -> dist.Store:
+    if place.kind == "torchrun":
+        from torch.distributed.rendezvous import rendezvous
+
+        return next(rendezvous("env://", place.rank, place.world, timeout=timeout))[0]
+    if place.rank == 0:
+        return _host(place, timeout)
+    end = time.monotonic() + timeout.total_seconds()
+    fault: Exception | None = None
+    while time.monotonic() < end:
+        for port in place.ports:
+            try:
+                return _knock(place, port, timeout)
+            except RuntimeError as met:  # not there yet, or another's
+                fault = met
+    raise RuntimeError(f"nobody answers at ports {', '.join(map(str, place.ports))} ({_line(fault)})")
+
+
+def _knock(place: Place, port: int, timeout: timedelta) -> dist.Store:
+    """The store at a port, if it is that of this launch; RuntimeError if not."""
+    met: list[dist.Store | RuntimeError] = []
+
+    def try_it() -> None:
+        try:
+            store = dist.TCPStore(place.address, port, None, False, timeout=_KNOCK)
+            told = store.get("token").decode()
+            store.set_timeout(timeout)
+            met.append(store if told == place.token else RuntimeError(f"port {port} is that of job {told}"))
+        except RuntimeError as fault:
+            met.append(fault)
+
+    thread = threading.Thread(target=try_it, name="knock", daemon=True)  # for ever, where somebody listens in silence
+    thread.start()
+    thread.join(2 * _KNOCK.total_seconds())
+    if not met:
+        raise RuntimeError(f"port {port} belongs to somebody else")
+    if isinstance(met[0], RuntimeError):
+        raise met[0]
+    return met[0]
+
+
+def _host(place: Place, timeout: timedelta) -> dist.Store:
+    fault: Exception | None = None
+    for port in place.ports:
+        try:
+            store = dist.TCPStore("localhost", port, None, True, timeout=timeout, wait_for_workers=False)
+        except RuntimeError as met:  # taken
+            fault = met
+            continue
+        store.set("token", place.token)
+        return store
+    raise RuntimeError(f"ports {', '.join(map(str, place.ports))} are taken ({_line(fault)})")
+
+
+def _refuse_shared_gpus(store: dist.Store, place: Place, device: torch.device) -> None:
+    """Raises SiteError where two ranks would compute on one GPU: NCCL would hang or say something else."""
+    mine = f"cpu {place.rank}"
+    if device.type == "cuda":
+        mine = f"{os.uname().nodename} {torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"device/{place.rank}", mine)
+    store.wait([f"device/{rank}" for rank in range(place.world)])
+    devices = [store.get(f"device/{rank}").decode() for rank in range(place.world)]
+    others = [rank for rank, found in enumerate(devices) if found == mine and rank != place.rank]
+    if others:
+        raise SiteError(f"ranks {place.rank} and {others[0]} share one GPU ({mine}): want one task for each GPU")
+    if len({found.startswith("cpu ") for found in devices}) > 1:
+        raise SiteError(f"some ranks have a GPU and some have none: {', '.join(devices)}")
+
+
+def _is_echo(fault: BaseException) -> bool:
+    """Whether an error may only be what a collective says when another rank is gone."""
+    words = ("gloo", "nccl", "connection", "tcpstore", "broken pipe", "socket")
+    return isinstance(fault, RuntimeError) and any(word in str(fault).lower() for word in words)
+
+
+def _trace(fault: BaseException) -> str:
+    return "".join(traceback.format_exception(fault)).rstrip()
+
+
+def _line(fault: BaseException | None) -> str:
+    return (str(fault) or type(fault).__name__).splitlines()[0]
+
+
+def _leave(code: int) -> None:
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
