@@ -101,7 +101,7 @@ def find_team() -> Team:
         started = _started_ranks(env)
         if started != 1:
             return _mpi_team(env, started)
-    elif _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in env:
+    elif env_number(env, "SLURM_STEP_NUM_TASKS", 1) > 1 and "SLURM_PROCID" in env:
         return _step_team(env)
     return _array_team(env, 0, 1)
 
@@ -109,7 +109,7 @@ def find_team() -> Team:
 def _started_ranks(env: Mapping[str, str]) -> int | None:
     for name in (*_SIZES, "SLURM_STEP_NUM_TASKS"):
         if name in env:
-            return _number(env, name, 1)
+            return env_number(env, name, 1)
     return None
 
 
@@ -117,7 +117,7 @@ def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as fault:
-        if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
+        if "SLURM_PROCID" in env and env_number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
             log.info("no usable mpi4py (%s): the tasks of this step share the work through files", fault)
             return _step_team(env)
         raise SiteError(
@@ -143,7 +143,7 @@ def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
 def _step_team(env: Mapping[str, str]) -> Team:
     """Tasks of one srun step that are not joined by MPI: files are enough."""
     token = f"step-{env.get('SLURM_JOB_ID', '0')}-{env.get('SLURM_STEP_ID', '0')}-{_restart(env)}"
-    rank, size = _number(env, "SLURM_PROCID", 0), _number(env, "SLURM_STEP_NUM_TASKS", 1)
+    rank, size = env_number(env, "SLURM_PROCID", 0), env_number(env, "SLURM_STEP_NUM_TASKS", 1)
     return _array_team(env, rank, size, token=token, kind="array")
 
 
@@ -154,10 +154,10 @@ def _array_team(
 
     The token of an array holds no restart count: tasks are requeued one by one and join those that still run.
     """
-    job, tasks = _job(env), _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
+    job, tasks = _job(env), env_number(env, "SLURM_ARRAY_TASK_COUNT", 1)
     if "SLURM_ARRAY_TASK_ID" in env and tasks > 1:
-        low, step = _number(env, "SLURM_ARRAY_TASK_MIN", 0), _number(env, "SLURM_ARRAY_TASK_STEP", 1)
-        task = (_number(env, "SLURM_ARRAY_TASK_ID", 0) - low) // max(step, 1)
+        low, step = env_number(env, "SLURM_ARRAY_TASK_MIN", 0), env_number(env, "SLURM_ARRAY_TASK_STEP", 1)
+        task = (env_number(env, "SLURM_ARRAY_TASK_ID", 0) - low) // max(step, 1)
         rank, size = task * size + rank, tasks * size
         token = f"array-{env.get('SLURM_ARRAY_JOB_ID', env.get('SLURM_JOB_ID', '0'))}"
         kind = "array"
@@ -170,10 +170,11 @@ def _job(env: Mapping[str, str]) -> str:
 
 
 def _restart(env: Mapping[str, str]) -> int:
-    return _number(env, "SLURM_RESTART_COUNT", 0)
+    return env_number(env, "SLURM_RESTART_COUNT", 0)
 
 
-def _number(env: Mapping[str, str], name: str, otherwise: int) -> int:
+def env_number(env: Mapping[str, str], name: str, otherwise: int) -> int:
+    """A whole number from the environment, `otherwise` where it is not set. Raises SiteError for anything else."""
     text = env.get(name, "")
     if not text:
         return otherwise

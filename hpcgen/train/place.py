@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hpcgen.errors import SiteError
+from hpcgen.runner.team import env_number
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")
@@ -31,13 +32,13 @@ def find_place(env: Mapping[str, str]) -> Place:
     """How this process was started, from its environment. Raises SiteError where that is not clear."""
     if "RANK" in env or "LOCAL_RANK" in env:
         return _torchrun_place(env)
-    if "SLURM_PROCID" in env and _number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
+    if "SLURM_PROCID" in env and env_number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
         return _srun_place(env)
     for name in _MPI_SIZES:
-        if _number(env, name, 1) > 1:
+        if env_number(env, name, 1) > 1:
             raise SiteError(f"started by an MPI launcher ({name}={env[name]}): training wants torchrun or srun")
     if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env:
-        nodes, tasks = _number(env, "SLURM_JOB_NUM_NODES", 1), _number(env, "SLURM_NTASKS", 1)
+        nodes, tasks = env_number(env, "SLURM_JOB_NUM_NODES", 1), env_number(env, "SLURM_NTASKS", 1)
         if nodes > 1 or tasks > 1:
             raise SiteError(
                 f"the job has {nodes} nodes and {tasks} tasks, but this is one process outside of srun: start it with "
@@ -50,20 +51,20 @@ def _torchrun_place(env: Mapping[str, str]) -> Place:
     lacks = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if lacks:
         raise SiteError(f"started as by torchrun, but {', '.join(lacks)} is not set: use torchrun, srun or one process")
-    rank, world = _number(env, "RANK", 0), _number(env, "WORLD_SIZE", 1)
-    local, local_world = _number(env, "LOCAL_RANK", rank), _number(env, "LOCAL_WORLD_SIZE", world)
+    rank, world = env_number(env, "RANK", 0), env_number(env, "WORLD_SIZE", 1)
+    local, local_world = env_number(env, "LOCAL_RANK", rank), env_number(env, "LOCAL_WORLD_SIZE", world)
     nodes = -(-world // max(local_world, 1))
     if not 0 <= rank < world:
         raise SiteError(f"RANK={rank}, WORLD_SIZE={world}: want 0 <= rank < world size")
     _refuse_local(env["MASTER_ADDR"], nodes)
-    ports = (_number(env, "MASTER_PORT", 29500),)
+    ports = (env_number(env, "MASTER_PORT", 29500),)
     return Place("torchrun", rank, world, local, nodes, env["MASTER_ADDR"], ports, env.get("TORCHELASTIC_RUN_ID", ""))
 
 
 def _srun_place(env: Mapping[str, str]) -> Place:
-    rank, world = _number(env, "SLURM_PROCID", 0), _number(env, "SLURM_STEP_NUM_TASKS", 1)
-    nodes = _number(env, "SLURM_STEP_NUM_NODES", _number(env, "SLURM_NNODES", 1))
-    job, step = _number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_STEP_ID", 0)
+    rank, world = env_number(env, "SLURM_PROCID", 0), env_number(env, "SLURM_STEP_NUM_TASKS", 1)
+    nodes = env_number(env, "SLURM_STEP_NUM_NODES", env_number(env, "SLURM_NNODES", 1))
+    job, step = env_number(env, "SLURM_JOB_ID", 0), env_number(env, "SLURM_STEP_ID", 0)
     listed = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST", "")
     address = env.get("MASTER_ADDR", "")
     if not address and nodes > 1:
@@ -74,9 +75,9 @@ def _srun_place(env: Mapping[str, str]) -> Place:
     _refuse_local(address, nodes)
     ports = tuple(_FIRST_PORT + (7919 * job + 31 * step + 997 * k) % _PORTS for k in range(_TRIES))
     if "MASTER_PORT" in env:
-        ports = (_number(env, "MASTER_PORT", 0),)
+        ports = (env_number(env, "MASTER_PORT", 0),)
     token = f"{job}.{step}.{env.get('SLURM_RESTART_COUNT', '0')}"
-    return Place("srun", rank, world, _number(env, "SLURM_LOCALID", 0), nodes, address, ports, token)
+    return Place("srun", rank, world, env_number(env, "SLURM_LOCALID", 0), nodes, address, ports, token)
 
 
 def _refuse_local(address: str, nodes: int) -> None:
@@ -90,16 +91,6 @@ def first_host(listed: str) -> str:
     if head is None:
         raise SiteError(f"node list {listed!r}: cannot be read")
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head.group())
-
-
-def _number(env: Mapping[str, str], name: str, otherwise: int) -> int:
-    text = env.get(name, "")
-    if not text:
-        return otherwise
-    try:
-        return int(text)
-    except ValueError:
-        raise SiteError(f"environment variable {name}={text!r}: want a whole number") from None
 
 
 def find_device(wanted: str, place: Place) -> torch.device:
