@@ -29,7 +29,8 @@ def sh(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_first_store_its_verbs_and_the_snippet(tmp_path: Path) -> None:
-    (tmp_path / "preprocess").symlink_to(ROOT / "preprocess")
+    for folder in ("preprocess", "configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     make = "python preprocess/prototypes.py --out stores/prototypes"
     assert make in shell_lines()
     made = sh(f"{make} --n 60", tmp_path)
@@ -39,6 +40,9 @@ def test_the_first_store_its_verbs_and_the_snippet(tmp_path: Path) -> None:
         if line.startswith("hpcgen store"):
             done = sh(line.replace("STORE", "stores/prototypes"), tmp_path)
             assert done.returncode == 0, done.stderr
+    (train,) = [line for line in shell_lines() if line.startswith("hpcgen train")]
+    done = sh(f"{train} steps=2 batch.crystals=16 autoperi.layers=1 autoperi.width=32 autoperi.heads=4", tmp_path)
+    assert done.returncode == 0 and (tmp_path / "runs/small/last.pt").exists(), done.stderr
     for snippet in blocks("python"):
         done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=ENV, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

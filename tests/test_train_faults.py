@@ -24,6 +24,7 @@ from hpcgen.errors import (
     UsageError,
 )
 from hpcgen.files import read_json_lines
+from hpcgen.models.registry import MODELS
 from hpcgen.models.saved import MODEL, read_saved
 from hpcgen.train.config import TrainConfig, load
 from hpcgen.train.place import Place, find_device, find_place, first_host
@@ -40,6 +41,11 @@ def one_thread() -> Any:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=str)
+def test_every_config_of_the_package_is_whole(file: Path) -> None:
+    assert load(TrainConfig, file, ["store=a", "out=b"]).model in MODELS
 
 
 # ---- stops, kills, broken files --------------------------------------------------------------------------------------
