@@ -26,6 +26,7 @@ from hpcgen.store.source import Parsed, Raw
 
 ROOT = Path(__file__).resolve().parent.parent
 MP20 = [sys.executable, str(ROOT / "preprocess" / "mp20.py")]
+SMALL_DISK = "120k"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -531,17 +532,6 @@ def test_an_endless_and_a_crashing_structure_cost_themselves_alone(tmp_path: Pat
     told = {row["id"]: row["code"] for row in rejects(tmp_path / "store")}
     assert told == {"t-7": "timeout", "t-8": "crash", "t-9": "parse-error"}
     assert len(Store(tmp_path / "store")) == 37
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A real file system of 120 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs here (needs root)")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_ends_with_7_and_more_room_finishes_it(whole: Path, table: Path, small_disk: Path) -> None:

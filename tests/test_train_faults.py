@@ -30,6 +30,8 @@ from hpcgen.train.config import TrainConfig, load
 from hpcgen.train.place import Place, find_device, find_place, first_host
 from hpcgen.train.state import KIND, read_checkpoint
 
+SMALL_DISK = "200k"
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -296,17 +298,6 @@ def test_all_ranks_agree_on_bad_numbers_of_one(store: Path, tmp_path: Path) -> N
     assert progress["bad"] == 1 and progress["step"] == 12
     codes, said = job(3, store, tmp_path / "all", "bad_steps=4", toy={"bad_from": 3, "bad_to": 12})
     assert codes == [6, 6, 6] and said.count("4 steps in a row") == 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A real file system of 200 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs here (needs root)")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_ends_with_7_and_more_room_finishes_it(store: Path, tmp_path: Path, small_disk: Path) -> None:

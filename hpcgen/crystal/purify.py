@@ -151,8 +151,8 @@ def _change(
     copies = np.bincount(mapping, minlength=len(pure.numbers))
     same = np.minimum.reduceat(copies, pure.starts) == np.maximum.reduceat(copies, pure.starts)
     same &= np.logical_and.reduceat(pure.numbers[mapping] == given.numbers, starts)
-    step = times(given.frac - origin[owner], np.linalg.inv(linear).mT, owner) - pure.frac[mapping]
-    cart = times(step - np.rint(step), pure.lattice, owner)
+    step = _times(given.frac - origin[owner], np.linalg.inv(linear).mT, owner) - pure.frac[mapping]
+    cart = _times(step - np.rint(step), pure.lattice, owner)
     shift = np.sqrt(np.maximum.reduceat((cart * cart).sum(1), starts))
     laid = linear.mT @ given.lattice  # the given lattices in the purified cells' bases, in another orientation
     deformation = np.linalg.inv(pure.lattice) @ laid
@@ -173,7 +173,7 @@ def _change(
     return shift, strain, refused
 
 
-def times(rows: np.ndarray, cells: np.ndarray, owner: np.ndarray) -> np.ndarray:
+def _times(rows: np.ndarray, cells: np.ndarray, owner: np.ndarray) -> np.ndarray:
     """Row vectors times the matrix of their crystal, in an order of sums that no batch changes.
 
     (A, 3), (B, 3, 3), (A,) -> (A, 3).
@@ -194,5 +194,5 @@ def _in_niggli_cells(cells: _Cells, refused: dict[int, Refused]) -> _Cells:
         bases.append(reduced)
         transforms.append(transform)
     back = np.linalg.inv(np.array(transforms).reshape(-1, 3, 3)).mT
-    frac = times(cells.frac, back, cells.owner)
+    frac = _times(cells.frac, back, cells.owner)
     return _Cells(np.array(bases).reshape(-1, 3, 3), frac, cells.numbers, cells.counts)
