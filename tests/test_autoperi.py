@@ -10,8 +10,9 @@ from torch import Tensor
 
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import lattice_from_log_metric, log_metric
+from hpcgen.crystal.torus import shortest_step
 from hpcgen.diffusion.draw import Draw, Purpose
-from hpcgen.diffusion.wrapped import centred, way_back
+from hpcgen.diffusion.flow import SPREAD, centred
 from hpcgen.models.autoperi import AutoPeri, Known, Noise, Request
 from hpcgen.models.autoperi_config import AutoPeriConfig
 from hpcgen.models.batch import Batch
@@ -165,7 +166,7 @@ class Oracle(AutoPeri):
 
     def read(self, t, species, sites, lattice, mask, known) -> Reading:
         sigma = self.lattice_noise.at(t)[:, None]
-        way = way_back(self.truth.frac, sites, self.site_noise.at(t), mask) / self.scale(t)[:, None, None]
+        way = shortest_step(sites, self.truth.frac) / (t[:, None, None] * SPREAD)
         root = (1 + sigma.square()).sqrt()
         clean = self.standard_lattice(self.truth.lattice, self.truth.num_atoms)
         logits = 60.0 * torch.nn.functional.one_hot((self.truth.species - 1).clamp_min(0), ELEMENTS)

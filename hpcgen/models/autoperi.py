@@ -1,16 +1,14 @@
-"""AutoPeri: joint diffusion of elements, coordinates and lattice, one network for prediction and free generation.
+"""AutoPeri: elements, coordinates and lattice made together, one network for prediction and free generation.
 
-With the time t from 0 (a crystal) to 1 (noise), σ(t)^(1/ρ) rises evenly from its least to its most (Karras et al. 2022,
-eq. 5), ρ being `schedule`:
-* coordinates carry wrapped normal noise (Jiao et al. 2023, DiffCSP); the network says `pull`, σ² times the score, over
-  its root mean square, without what moves the crystal as a whole;
+With the time t from 0 (a crystal) to 1 (noise):
+* coordinates flow on the torus (diffusion.flow), and the network says the way back;
 * the lattice is a vector that no rotation changes, ½ log(L Lᵀ) less log(atoms)/3 on the diagonal, standardised, with
-  normal noise and the preconditioning of Karras et al. 2022 (EDM, eq. 7 for σ_data = 1);
+  normal noise of σ(t) and the preconditioning of Karras et al. 2022 (EDM, eq. 7 for σ_data = 1);
 * elements are hidden with probability t, and the network says which they are. Given elements are never hidden.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,8 +19,8 @@ from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import lattice_from_log_metric, log_metric
 from hpcgen.crystal.torus import wrap
 from hpcgen.diffusion.draw import Draw, Purpose
+from hpcgen.diffusion.flow import SPREAD, added, centred
 from hpcgen.diffusion.schedules import Schedule
-from hpcgen.diffusion.wrapped import centred, pull_scale, way_back
 from hpcgen.errors import InputError
 from hpcgen.models.autoperi_config import AutoPeriConfig
 from hpcgen.models.batch import Batch
@@ -32,7 +30,6 @@ from hpcgen.nn.transformer import ELEMENTS, CrystalTransformer, Reading, Shape
 from hpcgen.store.read import Store
 
 TIMES, SIZES = 32, 16  # features of the time, of the number of atoms
-_TABLE = 512  # places of the table of pull_scale
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Noise:
     """The chance in one training step of B crystals of up to N atoms."""
 
     t: Tensor  # (B,) in [0, 1)
-    sites: Tensor  # (B, N, 3) standard normal
+    sites: Tensor  # (B, N, 3) uniform in [-1/2, 1/2): the way of each site, in cell units
     lattice: Tensor  # (B, 6) standard normal
     hide: Tensor  # (B, N) uniform: an element is hidden where it is below t
 
@@ -82,7 +79,6 @@ class AutoPeri(nn.Module):
     lattice_std: Tensor
     size_counts: Tensor
     condition_range: Tensor
-    scales: Tensor
 
     def __init__(self, config: AutoPeriConfig) -> None:
         super().__init__()
@@ -97,10 +93,7 @@ class AutoPeri(nn.Module):
         self.register_buffer("size_counts", torch.zeros(config.max_atoms + 1))  # of the training crystals, by size
         # mean, deviation, least and most of each condition
         self.register_buffer("condition_range", torch.zeros(len(config.conditions), 4))
-        self.site_noise = Schedule(*config.site_sigma, config.schedule)
         self.lattice_noise = Schedule(*config.lattice_sigma, config.schedule)
-        table = pull_scale(self.site_noise.at(torch.linspace(0, 1, _TABLE, dtype=torch.float64)))
-        self.register_buffer("scales", table.float(), persistent=False)
 
     @classmethod
     def fitted(cls, config: AutoPeriConfig, store: Store) -> "AutoPeri":
@@ -137,7 +130,7 @@ class AutoPeri(nn.Module):
         index, step, dtype = batch.index, batch.step, batch.crystals.frac_coords.dtype
         return Noise(
             draw.uniform(Purpose.TIME, index, step)[:, 0].to(dtype),
-            draw.normal(Purpose.SITE, index, step, length, 3, dtype),
+            draw.uniform(Purpose.SITE, index, step, length, 3).to(dtype) - 0.5,
             draw.normal(Purpose.LATTICE, index, step, channels=6, dtype=dtype),
             draw.uniform(Purpose.SPECIES, index, step, length)[..., 0].to(dtype),
         )
@@ -154,15 +147,15 @@ class AutoPeri(nn.Module):
     def losses(self, dense: Dense, noise: Noise, known: Known) -> dict[str, Tensor]:
         """The loss and its parts for given noise."""
         config, mask, t = self.config, dense.mask, noise.t
-        site_sigma, lattice_sigma = self.site_noise.at(t), self.lattice_noise.at(t)[:, None]
-        sites = wrap(dense.frac + site_sigma[:, None, None] * noise.sites) * mask.unsqueeze(-1)
+        lattice_sigma = self.lattice_noise.at(t)[:, None]
+        sites = wrap(dense.frac + t[:, None, None] * noise.sites) * mask.unsqueeze(-1)
         clean = self.standard_lattice(dense.lattice, dense.num_atoms)
         lattice = clean + lattice_sigma * noise.lattice
         hidden = (noise.hide < t[:, None]) & ~known.species[:, None] & mask
         said = self.read(t, dense.species.masked_fill(hidden, 0), sites, lattice, mask, known)
 
-        way = way_back(dense.frac, sites, site_sigma, mask) / self.scale(t)[:, None, None]
-        site_loss = ((centred(said.sites, mask) - way).square().sum((1, 2)) / (3 * mask.sum(1))).mean()
+        apart = centred(said.sites + noise.sites / SPREAD, mask)
+        site_loss = (apart.square().sum((1, 2)) / (3 * mask.sum(1))).mean()
         root = (1 + lattice_sigma.square()).sqrt()
         lattice_loss = (said.lattice - (clean - lattice / root.square()) * root / lattice_sigma).square().mean()
         entropy = functional.cross_entropy(said.species.mT, (dense.species - 1).clamp_min(0), reduction="none")
@@ -190,8 +183,11 @@ class AutoPeri(nn.Module):
     # ---- sampling ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(self, request: Request, draw: Draw) -> Crystals:
-        """Crystals by as many calls of the network as there are steps, twice as many with guidance."""
+    def sample(self, request: Request, draw: Draw, go_on: Callable[[], None] = lambda: None) -> Crystals:
+        """Crystals by as many calls of the network as there are steps, twice as many with guidance.
+
+        go_on is called before each step: it may raise to stop.
+        """
         index, length = request.index, request.species.shape[1]
         mask, species = occupied(request.num_atoms, length), request.species
         known = self._told_in_sampling(request, mask)
@@ -199,16 +195,16 @@ class AutoPeri(nn.Module):
         lattice = self.lattice_noise.most * draw.normal(Purpose.LATTICE, index, channels=6)
         times = [1 - k / request.steps for k in range(request.steps + 1)]
         for k, (now, then) in enumerate(zip(times, times[1:], strict=False)):
+            go_on()
             start = min(1.0, now + request.churn * (now - then)) if k else now
             if start > now:
-                sites = sites + self.site_noise.added(now, start) * draw.normal(Purpose.CHURN, index, k, length, 3)
+                sites = sites + added(now, start) * draw.normal(Purpose.CHURN, index, k, length, 3)
                 lattice = lattice + self.lattice_noise.added(now, start) * draw.normal(
                     Purpose.CHURN_LATTICE, index, k, channels=6)  # fmt: skip
             t = sites.new_full((len(index),), start)
             said = self._guided(t, species, wrap(sites) * mask.unsqueeze(-1), lattice, mask, known, request.guidance)
-            left = self.site_noise.left(start, then)
-            ahead = (1 - left) * (1 + request.speed * (1 - start)) if then else 1.0
-            sites = wrap(sites + ahead * self.scale(t)[:, None, None] * centred(said.sites, mask))
+            ahead = min(start, (start - then) * (1 + request.speed * (1 - start)))
+            sites = wrap(sites + ahead * SPREAD * centred(said.sites, mask))
             sigma = self.lattice_noise.sigma(start)
             clean = (lattice + sigma * math.sqrt(1 + sigma**2) * said.lattice) / (1 + sigma**2)
             lattice = clean + self.lattice_noise.left(start, then) * (lattice - clean)
@@ -237,14 +233,6 @@ class AutoPeri(nn.Module):
         )
 
     # ---- scales ------------------------------------------------------------------------------------------
-
-    def scale(self, t: Tensor) -> Tensor:
-        """Root mean square of the coordinates' `pull` at time t. (B,) -> (B,)."""
-        place = t * (_TABLE - 1)
-        low = place.floor().clamp(0, _TABLE - 2)
-        at = low.long()
-        table = self.scales.to(t.dtype).log()
-        return torch.lerp(table[at], table[at + 1], place - low).exp()
 
     def standard_lattice(self, lattice: Tensor, num_atoms: Tensor) -> Tensor:
         """Lattices (B, 3, 3) Å as vectors (B, 6) of mean 0 and deviation 1 over the training crystals."""

@@ -17,9 +17,8 @@ class AutoPeriConfig:
     radial: int = 16  # radial functions of the minimum-image distance
     cutoff: float = 8.0  # Å, of the radial functions
     max_atoms: int = 64  # larger crystals are refused in training
-    site_sigma: tuple[float, float] = (0.003, 0.5)  # least and most noise on coordinates, in cell units
-    lattice_sigma: tuple[float, float] = (0.01, 10.0)  # the same on the standardised lattice
-    schedule: float = 3.0  # σ^(1/schedule) rises evenly with the time: 1 is linear, large is geometric
+    lattice_sigma: tuple[float, float] = (0.01, 10.0)  # least and most noise on the standardised lattice
+    schedule: float = 3.0  # its σ^(1/schedule) rises evenly with the time: 1 is linear, large is geometric
     known_species: float = 0.5  # share of training samples whose elements are given, as in `predict`
     lattice_weight: float = 0.2
     species_weight: float = 0.2
@@ -36,10 +35,9 @@ class AutoPeriConfig:
             raise UsageError(f"autoperi.radial = {self.radial}, cutoff = {self.cutoff}: want at least 2 within some Å")
         if self.width % (2 * self.heads):
             raise UsageError(f"autoperi.width = {self.width}: want a multiple of twice heads = {self.heads}")
-        for name in ("site_sigma", "lattice_sigma"):
-            least, most = getattr(self, name)
-            if not 0 < least < most:
-                raise UsageError(f"autoperi.{name} = {least}, {most}: want 0 < least < most")
+        least, most = self.lattice_sigma
+        if not 0 < least < most:
+            raise UsageError(f"autoperi.lattice_sigma = {least}, {most}: want 0 < least < most")
         if not self.schedule >= 1:
             raise UsageError(f"autoperi.schedule = {self.schedule}: want 1 or more")
         for name in ("known_species", "condition_dropout", "chemical_system"):

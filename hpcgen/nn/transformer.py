@@ -54,7 +54,6 @@ class CrystalTransformer(nn.Module):
         self.pair_told = nn.Linear(width, pair)
         self.pair_ends = nn.Linear(width, 2 * pair, bias=False)
         self.pair_out = nn.Sequential(nn.SiLU(), nn.Linear(pair, pair), nn.SiLU())
-        self.bias = nn.Linear(pair, shape.layers * shape.heads)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(width)
         self.sites = nn.Linear(width, 3)
@@ -71,9 +70,8 @@ class CrystalTransformer(nn.Module):
         modulation = self.modulation(functional.silu(crystal)).unflatten(-1, (6, -1))  # (B, 6, width)
         atoms = self.element(species) + crystal.unsqueeze(1)
         pairs = self._pairs(frac, lattice, crystal, atoms)  # (B, N, N, pair)
-        biases = self.bias(pairs).masked_fill(~mask[:, None, :, None], -math.inf)
-        for layer, bias in zip(self.layers, biases.unflatten(-1, (self.shape.layers, -1)).unbind(-2), strict=True):
-            atoms = layer(atoms, pairs, bias.permute(0, 3, 1, 2), modulation)
+        for layer in self.layers:
+            atoms, pairs = layer(atoms, pairs, mask, modulation)
         atoms = self.norm(atoms)
         mean = (atoms * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
         return Reading(self.sites(atoms), self.lattice(torch.cat([mean, crystal], -1)), self.species(atoms))
@@ -90,33 +88,49 @@ class CrystalTransformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention with pair biases and pair values, then a gated network for each atom."""
+    """What a pair knows is renewed from its two atoms; attention with pair biases and pair values; a gated network."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        width = shape.width
+        width, pair = shape.width, shape.pair_width
         self.heads = shape.heads
         self.shift = nn.Parameter(torch.zeros(6, width))  # of the modulation, this layer's own
         self.before_attention = nn.LayerNorm(width, elementwise_affine=False)
         self.before_gated = nn.LayerNorm(width, elementwise_affine=False)
+        self.before_pair = nn.LayerNorm(pair)
+        self.pair_ends = nn.Linear(width, 2 * pair)
+        self.pair_up = nn.Linear(pair, pair, bias=False)
+        self.pair_down = nn.Linear(pair, pair)
+        self.bias = nn.Linear(pair, shape.heads)
         self.query_key_value = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width + shape.heads * shape.pair_width, width)
+        self.out = nn.Linear(width + shape.heads * pair, width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(2 * width, width)
         nn.init.ones_(self.shift[2])
         nn.init.ones_(self.shift[5])
+        nn.init.zeros_(self.pair_down.weight)
+        nn.init.zeros_(self.pair_down.bias)
         for last in (self.out, self.down):
             nn.init.normal_(last.weight, std=0.02)
             nn.init.zeros_(last.bias)
 
-    def forward(self, atoms: Tensor, pairs: Tensor, bias: Tensor, modulation: Tensor) -> Tensor:
-        """atoms (B, N, width), pairs (B, N, N, pair), bias (B, heads, N, N), modulation (B, 6, width)."""
+    def forward(self, atoms: Tensor, pairs: Tensor, mask: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """atoms (B, N, width), pairs (B, N, N, pair), mask (B, N), modulation (B, 6, width) -> atoms, pairs."""
         move, stretch, gate, move2, stretch2, gate2 = (modulation + self.shift).unsqueeze(2).unbind(1)  # (B, 1, width)
-        atoms = atoms + gate * self._attention(self.before_attention(atoms) * (1 + stretch) + move, pairs, bias)
+        seen = self.before_attention(atoms) * (1 + stretch) + move
+        pairs = pairs + self._renewal(pairs, seen)
+        atoms = atoms + gate * self._attention(seen, pairs, mask)
         up, gated = self.up(self.before_gated(atoms) * (1 + stretch2) + move2).chunk(2, -1)
-        return atoms + gate2 * self.down(up * functional.silu(gated))
+        return atoms + gate2 * self.down(up * functional.silu(gated)), pairs
 
-    def _attention(self, atoms: Tensor, pairs: Tensor, bias: Tensor) -> Tensor:
+    def _renewal(self, pairs: Tensor, atoms: Tensor) -> Tensor:
+        one, other = self.pair_ends(atoms).chunk(2, -1)
+        return self.pair_down(
+            functional.silu(self.pair_up(self.before_pair(pairs)) + one.unsqueeze(2) + other.unsqueeze(1))
+        )
+
+    def _attention(self, atoms: Tensor, pairs: Tensor, mask: Tensor) -> Tensor:
+        bias = self.bias(pairs).permute(0, 3, 1, 2).masked_fill(~mask[:, None, None, :], -math.inf)
         query, key, value = self.query_key_value(atoms).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         weight = (query @ key.mT / math.sqrt(query.shape[-1]) + bias).softmax(-1)  # (B, heads, N, N)
         seen = weight.permute(0, 2, 1, 3) @ pairs  # (B, N, heads, pair)
