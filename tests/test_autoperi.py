@@ -13,13 +13,18 @@ from hpcgen.crystal.lattice import lattice_from_log_metric, log_metric
 from hpcgen.crystal.torus import shortest_step
 from hpcgen.diffusion.draw import Draw, Purpose
 from hpcgen.diffusion.flow import SPREAD, centred
+from hpcgen.errors import InputError
 from hpcgen.models.autoperi import AutoPeri, Known, Noise, Request
 from hpcgen.models.autoperi_config import AutoPeriConfig
 from hpcgen.models.batch import Batch
 from hpcgen.models.dense import Dense
+from hpcgen.nn.basis import Reach
 from hpcgen.nn.transformer import ELEMENTS, Reading
+from hpcgen.store.read import Store
+from hpcgen.store.write import write_store
 
 sys.path.insert(0, str(Path(__file__).parent))
+import store_rows  # noqa: E402
 from known_crystals import quartz, rotated, special, translated  # noqa: E402
 
 TINY = AutoPeriConfig(width=32, layers=2, heads=4, pair_width=8, conditions=["band_gap"])
@@ -67,8 +72,17 @@ def close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(abs(one[name] - other[name]) < 1e-9 for name in one)
 
 
-def test_translation_and_rotation_leave_the_loss_alone() -> None:
-    net, of = model(), crystals()
+@pytest.fixture(params=[None, (4.0, 0.0), (0.0, 3.0)], ids=["all", "radius", "nearest"])
+def seen(request) -> AutoPeri:
+    """A model whose atoms see all others, those within 4 Å, the 3 nearest."""
+    net = model(TINY if request.param is None else replace(TINY, edges="store"))
+    if request.param is not None:
+        net.reach = torch.tensor(request.param)
+    return net
+
+
+def test_translation_and_rotation_leave_the_loss_alone(seen: AutoPeri) -> None:
+    net, of = seen, crystals()
     noise, known = setting(net, of)
     plain = losses_of(net, of, noise, known)
     assert all(value > 0 for value in plain.values())
@@ -82,8 +96,8 @@ def test_translation_and_rotation_leave_the_loss_alone() -> None:
         assert not close(losses_of(net, Crystals.cat([*each[:k], stretched, *each[k + 1 :]]), noise, known), plain)
 
 
-def test_relabelling_atoms_relabels_the_noise_and_nothing_else() -> None:
-    net, of = model(), quartz(1)
+def test_relabelling_atoms_relabels_the_noise_and_nothing_else(seen: AutoPeri) -> None:
+    net, of = seen, quartz(1)
     noise, known = setting(net, of)
     order = torch.tensor([4, 0, 8, 2, 1, 7, 3, 5, 6])
     other = Crystals(of.frac_coords[order], of.lattice, of.atomic_numbers[order], of.num_atoms)
@@ -93,8 +107,8 @@ def test_relabelling_atoms_relabels_the_noise_and_nothing_else() -> None:
     assert not close(losses_of(net, other, noise, known), plain)
 
 
-def test_what_the_network_says_turns_as_it_should() -> None:
-    net = model()
+def test_what_the_network_says_turns_as_it_should(seen: AutoPeri) -> None:
+    net = seen
     dense = Dense.of(crystals())
     noise, known = setting(net, crystals())
     vector = net.standard_lattice(dense.lattice, dense.num_atoms)
@@ -115,8 +129,8 @@ def test_what_the_network_says_turns_as_it_should() -> None:
         assert torch.allclose(again[kept], shuffled[kept], atol=1e-9)
 
 
-def test_padding_and_batching_change_nothing() -> None:
-    net, of = model(), crystals()
+def test_padding_and_batching_change_nothing(seen: AutoPeri) -> None:
+    net, of = seen, crystals()
     noise, known = setting(net, of)
     plain = losses_of(net, of, noise, known)
     alone = []
@@ -134,6 +148,26 @@ def test_padding_and_batching_change_nothing() -> None:
         assert close(net.losses(longer, wide, known), plain)
 
 
+@pytest.mark.parametrize("reach", [(4.0, 0.0), (0.0, 2.0)])
+def test_an_atom_out_of_reach_is_not_seen(reach: tuple[float, float]) -> None:
+    net = model(replace(TINY, edges="store"))
+    net.reach = torch.tensor(reach)
+    frac = torch.tensor([[0.0, 0, 0], [0.1, 0, 0], [0.2, 0, 0], [0.55, 0, 0]], dtype=torch.float64)
+    vector = torch.zeros(1, 6, dtype=torch.float64)
+    known = Known(torch.tensor([True]), torch.full((1, 1), float("nan")), torch.zeros(1, ELEMENTS, dtype=torch.bool))
+
+    def said(numbers: list[int], net: AutoPeri) -> Tensor:
+        with torch.no_grad():
+            cell = net.standard_lattice(20 * torch.eye(3, dtype=torch.float64)[None], torch.tensor([4])) + vector
+            t = torch.tensor([1e-6]).double()
+            return net.read(t, torch.tensor([numbers]), frac[None], cell, torch.ones(1, 4).bool(), known).sites[0]
+
+    one, other = said([11, 17, 11, 8], net), said([11, 17, 11, 9], net)
+    assert torch.equal(one[:3], other[:3]) and not torch.equal(one[3], other[3])
+    net.reach = None
+    assert not torch.equal(said([11, 17, 11, 8], net)[0], said([11, 17, 11, 9], net)[0])
+
+
 def test_the_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
     net, of = model(), crystals()
     whole = net.noise(batch_of(of), Draw(11), 9)
@@ -141,6 +175,24 @@ def test_the_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
     part = Batch(of[[2, 4]], part.index[[2, 4]], part.step)
     for one, other in zip(vars(whole).values(), vars(net.noise(part, Draw(11), 9)).values(), strict=True):
         assert torch.equal(one[[2, 4]], other)
+
+
+def test_a_new_model_takes_its_scales_from_the_store(tmp_path: Path) -> None:
+    config = AutoPeriConfig(width=32, layers=1, heads=4, pair_width=8, max_atoms=12, edges="store")
+    for name, edges in (("bare", None), ("joined", store_rows.RADIUS)):
+        rows = store_rows.rows(40, edges=edges is not None)
+        write_store(tmp_path / name, replace(store_rows.HEAD, edges=edges), [("train", rows)])
+    with pytest.raises(InputError, match="keeps no edges, want some for autoperi.edges = store"):
+        AutoPeri.fitted(config, Store(tmp_path / "bare"))
+    net = AutoPeri.fitted(config, Store(tmp_path / "joined"))
+    assert net.reach is not None and net.reach.tolist() == [4.0, 0.0]
+    assert net.size_counts.sum() == 40 and net.size_counts[0] == 0
+    again = AutoPeri(config)
+    again.load_state_dict(net.state_dict())
+    assert again._reach() == Reach(cutoff=4.0)
+    assert "reach" not in AutoPeri(replace(config, edges="all")).state_dict()
+    with pytest.raises(InputError, match="want autoperi.max_atoms >= that"):
+        AutoPeri.fitted(replace(config, max_atoms=5), Store(tmp_path / "bare"))
 
 
 def test_a_missing_condition_trains_as_absent() -> None:

@@ -5,6 +5,9 @@ With the time t from 0 (a crystal) to 1 (noise):
 * the lattice is a vector that no rotation changes, ½ log(L Lᵀ) less log(atoms)/3 on the diagonal, standardised, with
   normal noise of σ(t) and the preconditioning of Karras et al. 2022 (EDM, eq. 7 for σ_data = 1);
 * elements are hidden with probability t, and the network says which they are. Given elements are never hidden.
+
+With `edges: store` atoms see each other as the store's rule for edges (radius or nearest) has it, applied to the noised
+crystal: the edges of the crystal itself would tell where its atoms belong.
 """
 
 import math
@@ -25,7 +28,7 @@ from hpcgen.errors import InputError
 from hpcgen.models.autoperi_config import AutoPeriConfig
 from hpcgen.models.batch import Batch
 from hpcgen.models.dense import Dense, occupied
-from hpcgen.nn.basis import time_features
+from hpcgen.nn.basis import Reach, time_features
 from hpcgen.nn.transformer import ELEMENTS, CrystalTransformer, Reading, Shape
 from hpcgen.store.read import Store
 
@@ -79,6 +82,7 @@ class AutoPeri(nn.Module):
     lattice_std: Tensor
     size_counts: Tensor
     condition_range: Tensor
+    reach: Tensor | None
 
     def __init__(self, config: AutoPeriConfig) -> None:
         super().__init__()
@@ -93,6 +97,8 @@ class AutoPeri(nn.Module):
         self.register_buffer("size_counts", torch.zeros(config.max_atoms + 1))  # of the training crystals, by size
         # mean, deviation, least and most of each condition
         self.register_buffer("condition_range", torch.zeros(len(config.conditions), 4))
+        # of edges = store: Å, and atoms; 0 where there is no bound
+        self.register_buffer("reach", torch.zeros(2) if config.edges == "store" else None)
         self.lattice_noise = Schedule(*config.lattice_sigma, config.schedule)
 
     @classmethod
@@ -107,6 +113,11 @@ class AutoPeri(nn.Module):
                              for rows in store.iter_rows()]).double()  # fmt: skip
         model.lattice_mean.copy_(vectors.mean(0))
         model.lattice_std.copy_(vectors.std(0).clamp_min(1e-3))
+        if config.edges == "store":
+            rule = store.head.edges
+            if rule is None:
+                raise InputError(f"{store.path}: the store keeps no edges, want some for autoperi.edges = store")
+            model.reach = torch.tensor([rule.cutoff or 0.0, rule.k or 0.0])
         for at, name in enumerate(config.conditions):
             column = store.column(name)
             there = torch.from_numpy(column.values[~column.missing].astype("float64"))
@@ -178,7 +189,13 @@ class AutoPeri(nn.Module):
             torch.stack([known.elements.any(1), known.species], 1).to(t.dtype),
         ], 1)  # fmt: skip
         # the lattice as far as it is known: its mean given the noised one, were all lattices normally distributed
-        return self.network(species, sites, self.real_lattice(lattice / square, mask.sum(1)), told, mask)
+        return self.network(species, sites, self.real_lattice(lattice / square, mask.sum(1)), told, mask, self._reach())
+
+    def _reach(self) -> Reach | None:
+        if self.reach is None:
+            return None
+        cutoff, nearest = self.reach.tolist()
+        return Reach(cutoff or math.inf, int(nearest) or 2**31)
 
     # ---- sampling ----------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ class AutoPeriConfig:
     frequencies: int = 6  # of the angular Fourier features along each axis
     radial: int = 16  # radial functions of the minimum-image distance
     cutoff: float = 8.0  # Å, of the radial functions
+    edges: str = "all"  # which atoms see each other; `store`: those the store's rule for edges joins
     max_atoms: int = 64  # larger crystals are refused in training
     lattice_sigma: tuple[float, float] = (0.01, 10.0)  # least and most noise on the standardised lattice
     schedule: float = 3.0  # its σ^(1/schedule) rises evenly with the time: 1 is linear, large is geometric
@@ -33,6 +34,8 @@ class AutoPeriConfig:
                 raise UsageError(f"autoperi.{name} = {getattr(self, name)}: want at least 1")
         if self.radial < 2 or not self.cutoff > 0:
             raise UsageError(f"autoperi.radial = {self.radial}, cutoff = {self.cutoff}: want at least 2 within some Å")
+        if self.edges not in ("all", "store"):
+            raise UsageError(f"autoperi.edges = {self.edges!r}: want all or store")
         if self.width % (2 * self.heads):
             raise UsageError(f"autoperi.width = {self.width}: want a multiple of twice heads = {self.heads}")
         least, most = self.lattice_sigma

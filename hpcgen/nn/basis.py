@@ -1,13 +1,16 @@
 """Features that a network reads: angular Fourier features, radial functions, minimum images, the time."""
 
 import math
+from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hpcgen.crystal.torus import shortest_step
 
+TIE = 1e-3  # Å; atoms so nearly as near as the last of the nearest are seen too
 SOFTNESS = 0.5  # Å; images nearly as near as the nearest share in its vector, so that a tie has no winner
 
 
@@ -34,13 +37,36 @@ def time_features(t: Tensor, count: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
-def nearest_images(frac: Tensor, lattice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Images(NamedTuple):
+    """All pairs of atoms of B crystals, each with the nearest image of the other."""
+
+    step: Tensor  # (B, N, N, 3) in [-1/2, 1/2], cell units
+    vector: Tensor  # (B, N, N, 3) Å
+    distance: Tensor  # (B, N, N) Å
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which atoms see each other, by the rule of a periodic graph: all within a radius, or the nearest ones."""
+
+    cutoff: float = math.inf  # Å
+    nearest: int = 2**31  # atoms, each counted once
+
+    def holds(self, distance: Tensor, mask: Tensor) -> Tensor:
+        """distance (B, N, N) Å, mask (B, N) -> (B, N, N) bool; every atom sees itself."""
+        joined = distance < self.cutoff
+        if self.nearest < distance.shape[-1] - 1:
+            beyond = distance.masked_fill(~mask.unsqueeze(1), math.inf)
+            joined = joined & (distance < TIE + beyond.kthvalue(self.nearest + 1, dim=-1, keepdim=True).values)
+        return joined
+
+
+def nearest_images(frac: Tensor, lattice: Tensor) -> Images:
     """Steps, minimum-image vectors and distances of all pairs, i to j. frac (B, N, 3), lattice (B, 3, 3) Å.
 
-    -> step (B, N, N, 3) in [-1/2, 1/2], vector (B, N, N, 3) Å, distance (B, N, N) Å. The images looked at are the 27
-    round the step: exact in Niggli cells (see crystal.wigner_seitz), near it in the cells met on the way to one. The
-    distance is that of the nearest image; the vector is the mean over images by exp(-d² / SOFTNESS²), which is that of
-    the nearest where there is one and changes smoothly where there are two.
+    The images looked at are the 27 round the step: exact in Niggli cells (see crystal.wigner_seitz), near it in the
+    cells met on the way to one. The distance is that of the nearest image; the vector is the mean over images by
+    exp(-d² / SOFTNESS²), which is that of the nearest where there is one and changes smoothly where there are two.
     """
     step = shortest_step(frac.unsqueeze(2), frac.unsqueeze(1))  # (B, N, N, 3)
     offsets = torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=3)), device=frac.device, dtype=frac.dtype) @ lattice
@@ -51,4 +77,4 @@ def nearest_images(frac: Tensor, lattice: Tensor) -> tuple[Tensor, Tensor, Tenso
     weight = torch.exp((nearest.unsqueeze(-1) - square) / SOFTNESS**2)
     weight = weight / weight.sum(-1, keepdim=True)
     mean = vector + torch.einsum("bijm,bmd->bijd", weight, offsets)
-    return step, mean, nearest.clamp_min(1e-12).sqrt()
+    return Images(step, mean, nearest.clamp_min(1e-12).sqrt())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpcgen.nn.basis import fourier, nearest_images, radial
+from hpcgen.nn.basis import Images, Reach, fourier, nearest_images, radial
 
 ELEMENTS = 118
 
@@ -63,25 +63,31 @@ class CrystalTransformer(nn.Module):
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]
             nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
-    def forward(self, species: Tensor, frac: Tensor, lattice: Tensor, told: Tensor, mask: Tensor) -> Reading:
+    def forward(
+        self, species: Tensor, frac: Tensor, lattice: Tensor, told: Tensor, mask: Tensor, reach: Reach | None = None
+    ) -> Reading:
         """species (B, N) atomic numbers or 0, frac (B, N, 3), lattice (B, 3, 3) Å, told (B, shape.told), mask (B, N)
-        True where an atom is."""
+        True where an atom is; reach: which atoms see each other, None for all."""
         crystal = self.told(told)  # (B, width)
         modulation = self.modulation(functional.silu(crystal)).unflatten(-1, (6, -1))  # (B, 6, width)
         atoms = self.element(species) + crystal.unsqueeze(1)
-        pairs = self._pairs(frac, lattice, crystal, atoms)  # (B, N, N, pair)
+        images = nearest_images(frac, lattice)
+        pairs = self._pairs(images, crystal, atoms)  # (B, N, N, pair)
+        joined = mask.unsqueeze(1).expand(-1, mask.shape[1], -1)  # (B, N, N): what an atom attends to
+        if reach is not None:
+            joined = joined & (reach.holds(images.distance, mask) | ~mask.unsqueeze(2))
         for layer in self.layers:
-            atoms, pairs = layer(atoms, pairs, mask, modulation)
+            atoms, pairs = layer(atoms, pairs, joined, modulation)
         atoms = self.norm(atoms)
         mean = (atoms * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
         return Reading(self.sites(atoms), self.lattice(torch.cat([mean, crystal], -1)), self.species(atoms))
 
-    def _pairs(self, frac: Tensor, lattice: Tensor, crystal: Tensor, atoms: Tensor) -> Tensor:
+    def _pairs(self, images: Images, crystal: Tensor, atoms: Tensor) -> Tensor:
         """(B, N, N, pair_width) of each atom and its neighbour."""
-        step, vector, distance = nearest_images(frac, lattice)
-        shape = self.shape
+        shape, distance = self.shape, images.distance
         near = 1.0 / (1.0 + distance.unsqueeze(-1))
-        seen = [fourier(step, shape.frequencies), radial(distance, shape.radial, shape.cutoff), vector * near, near]
+        waves = fourier(images.step, shape.frequencies)
+        seen = [waves, radial(distance, shape.radial, shape.cutoff), images.vector * near, near]
         one, other = self.pair_ends(atoms).chunk(2, -1)
         ends = (one + self.pair_told(crystal)[:, None]).unsqueeze(2) + other.unsqueeze(1)
         return self.pair_out(self.pair_in(torch.cat(seen, -1)) + ends)
@@ -114,12 +120,12 @@ class Layer(nn.Module):
             nn.init.normal_(last.weight, std=0.02)
             nn.init.zeros_(last.bias)
 
-    def forward(self, atoms: Tensor, pairs: Tensor, mask: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """atoms (B, N, width), pairs (B, N, N, pair), mask (B, N), modulation (B, 6, width) -> atoms, pairs."""
+    def forward(self, atoms: Tensor, pairs: Tensor, joined: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """atoms (B, N, width), pairs (B, N, N, pair), joined (B, N, N), modulation (B, 6, width) -> atoms, pairs."""
         move, stretch, gate, move2, stretch2, gate2 = (modulation + self.shift).unsqueeze(2).unbind(1)  # (B, 1, width)
         seen = self.before_attention(atoms) * (1 + stretch) + move
         pairs = pairs + self._renewal(pairs, seen)
-        atoms = atoms + gate * self._attention(seen, pairs, mask)
+        atoms = atoms + gate * self._attention(seen, pairs, joined)
         up, gated = self.up(self.before_gated(atoms) * (1 + stretch2) + move2).chunk(2, -1)
         return atoms + gate2 * self.down(up * functional.silu(gated)), pairs
 
@@ -129,8 +135,8 @@ class Layer(nn.Module):
             functional.silu(self.pair_up(self.before_pair(pairs)) + one.unsqueeze(2) + other.unsqueeze(1))
         )
 
-    def _attention(self, atoms: Tensor, pairs: Tensor, mask: Tensor) -> Tensor:
-        bias = self.bias(pairs).permute(0, 3, 1, 2).masked_fill(~mask[:, None, None, :], -math.inf)
+    def _attention(self, atoms: Tensor, pairs: Tensor, joined: Tensor) -> Tensor:
+        bias = self.bias(pairs).permute(0, 3, 1, 2).masked_fill(~joined.unsqueeze(1), -math.inf)
         query, key, value = self.query_key_value(atoms).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         weight = (query @ key.mT / math.sqrt(query.shape[-1]) + bias).softmax(-1)  # (B, heads, N, N)
         seen = weight.permute(0, 2, 1, 3) @ pairs  # (B, N, heads, pair)
