@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ from train_jobs import Toy, assert_same_run, ended, job, make_store, newest, num
 from hpcgen import cli
 from hpcgen.errors import (
     Diverged,
+    HpcgenError,
     InputError,
     SiteError,
     StoppedEarly,
@@ -265,6 +267,31 @@ def test_changed_settings_are_refused_and_may_be_accepted(store: Path, tmp_path:
         run(store, tmp_path, "toy.width=8", "accept=[toy.width]")
     assert run(store, tmp_path, "steps=14", "accept=[steps]", "validate_every=3", "keep=9").step == 14
     assert read_json_lines(tmp_path / "events.jsonl")[-2]["accepted"] == ["steps: 12 -> 14"]
+
+
+def test_a_run_may_begin_with_a_trained_model(store: Path, tmp_path: Path) -> None:
+    run(store, tmp_path / "first")
+    first = tmp_path / "first" / "last.pt"
+    other = make_store(tmp_path / "other", 31)
+    words = [f"init={first}", "lr=1e-9"]
+    with pytest.raises(StoppedEarly):
+        run(other, tmp_path / "second", *words, toy={"signal_at": 5})
+    shutil.move(first, tmp_path / "kept.pt")  # no longer needed: the run goes on from its own checkpoint
+    run(other, tmp_path / "second", *words)
+    kept, now = (read_saved(path, MODEL)["weights"] for path in (tmp_path / "kept.pt", tmp_path / "second" / "last.pt"))
+    assert torch.equal(kept["mean"], now["mean"]) and kept.keys() == now.keys()
+    assert all(torch.allclose(kept[name], now[name], atol=1e-6) for name in kept)
+
+    def refused(kind: type[HpcgenError], match: str, *more: str) -> None:
+        with pytest.raises(kind, match=match):
+            run(other, tmp_path / f"{len(list(tmp_path.iterdir()))}", *more)
+
+    refused(InputError, "first/last.pt: there is no such file", *words)
+    kept_init = f"init={tmp_path / 'kept.pt'}"
+    refused(UsageError, r"made with toy.width = 24, now 8: add accept=\[toy.width\]", kept_init, "toy.width=8")
+    refused(InputError, "net.0.weight is", kept_init, "toy.width=8", "accept=[toy.width]")
+    refused(InputError, "holds 'hpcgen training', want 'hpcgen model'",
+            f"init={sorted((tmp_path / 'second' / 'checkpoints').iterdir())[0]}")  # fmt: skip
 
 
 def test_a_run_has_one_owner(store: Path, tmp_path: Path) -> None:

@@ -32,7 +32,15 @@ from hpcgen.train.dist import Ranks, join
 from hpcgen.train.journal import Journal
 from hpcgen.train.place import find_device, find_place
 from hpcgen.train.saving import Saver
-from hpcgen.train.state import Progress, State, average, read_checkpoint, refuse_changes, same_shapes
+from hpcgen.train.state import (
+    Progress,
+    State,
+    average,
+    begin_with,
+    read_checkpoint,
+    refuse_changes,
+    same_shapes,
+)
 
 log = logging.getLogger(__name__)
 _VALIDATION = 2**63  # added to the seed: noise that no training step meets
@@ -186,8 +194,7 @@ def _fresh(config: TrainConfig, model_class: Any, data: Data, device: torch.devi
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     shares = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    fused = device.type == "cuda"
-    optimiser = torch.optim.AdamW([s for s in shares if s["params"]], lr=config.lr, betas=config.betas, fused=fused)
+    optimiser = torch.optim.AdamW([s for s in shares if s["params"]], lr=config.lr, betas=config.betas, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     return State(model, ema, optimiser, scaler, Progress())
 
@@ -261,6 +268,8 @@ def _resume(config: TrainConfig, state: State, data: Data, saver: Saver | None, 
     told = ranks.from_first(choose)
     if told is not None:
         state.load(found or read_checkpoint(Path(told["resumed"]), told["sha256"]))
+    elif config.init:
+        begin_with(Path(config.init), config, state)
 
 
 # ---- within a step ---------------------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hpcgen.errors import InputError, UsageError
 from hpcgen.files import make_folder
-from hpcgen.models.saved import read_saved, write_saved
+from hpcgen.models.saved import MODEL, read_saved, write_saved
 from hpcgen.store.layout import sha256_of
-from hpcgen.train.config import TrainConfig, changed
+from hpcgen.train.config import TrainConfig, changed, flat
 
 log = logging.getLogger(__name__)
 KIND = "hpcgen training"
@@ -139,6 +139,29 @@ def refuse_changes(path: Path, content: dict[str, Any], config: TrainConfig, dat
                 f"or add accept=[{','.join(told)}] to go on with the change"
             )
     return [f"{name}: {old} -> {new}" for name, (old, new) in told.items()]
+
+
+def begin_with(path: Path, config: TrainConfig, state: State) -> None:
+    """Take the weights of a trained model, and what it took from its own store, into a new run.
+
+    Raises InputError for a file that holds no such model; UsageError where the model's settings differ, unaccepted.
+    """
+    content = read_saved(path, MODEL)
+    if content["model"] != config.model:
+        raise InputError(f"{path}: holds a model {content['model']!r}, want {config.model!r}")
+    old, new = flat(content["config"]), flat(dataclasses.asdict(config.settings))
+    differing = [name for name in new if name in old and old[name] != new[name]]
+    for name in differing:
+        if f"{config.model}.{name}" not in config.accept:
+            words = ",".join(f"{config.model}.{each}" for each in differing)
+            raise UsageError(
+                f"{path}: made with {config.model}.{name} = {old[name]}, now {new[name]}: "
+                f"add accept=[{words}] to begin with it all the same"
+            )
+    same_shapes(path, content["weights"], state.model)
+    state.model.load_state_dict(content["weights"])
+    state.ema.load_state_dict(content["weights"])
+    log.info("%s: beginning with its weights", path)
 
 
 def same_shapes(path: Path, kept: dict[str, Tensor], model: nn.Module) -> None:
