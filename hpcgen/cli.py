@@ -78,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_store(verbs)
     _add_train(verbs)
+    _add_campaign(verbs)
+    _add_evaluate(verbs)
+    _add_export(verbs)
     return top
 
 
@@ -159,6 +162,144 @@ def _train(arguments: argparse.Namespace) -> int:
     from hpcgen.train.loop import train
 
     train(config)
+    return DONE
+
+
+def _add_campaign(verbs: argparse._SubParsersAction) -> None:
+    from hpcgen.campaign.config import DEVICES, PRECISIONS, CampaignConfig
+
+    default = CampaignConfig()
+    campaign = verbs.add_parser(
+        "campaign",
+        help="make crystals with a trained model; again, to do what is missing: alone, under mpiexec or srun",
+        description="Crystal i depends on checkpoint, settings, seed and i alone, on any number of processes.",
+    )
+    add = campaign.add_argument
+    add("--n", type=int, metavar="N", help="number of crystals; may grow when the command is given again")
+    add(
+        "--checkpoint", default=default.checkpoint, metavar="FILE", help="a training's best.pt (default: the package's)"
+    )
+    add("--out", default=default.out, metavar="RUN", help="run folder, a store in the end (default: %(default)s)")
+    add("--seed", type=int, default=default.seed, metavar="S", help="(default: %(default)s)")
+
+    what = campaign.add_argument_group("what to make")
+    add = what.add_argument
+    add("--formula", default="", metavar="F", help="the whole content of the cell, as Li9P3S12")
+    add("--formulas", default="", metavar="FILE", help="formulas, one a line; CSV with id,formula; or a STORE")
+    add("--per-formula", type=int, default=1, metavar="K", help="crystals of each (default: %(default)s)")
+    add("--split", default="", help="of that store (default: all)")
+    add("--limit", type=int, default=0, metavar="L", help="only the first L formulas")
+    add("--condition", action="append", default=[], metavar="NAME=X", help="a property, as band_gap=1.5; repeatable")
+    add("--elements", default="", metavar="A-B-C", help="chemical system, as Li-P-S")
+    add("--num-atoms", default="", metavar="N|MIN-MAX", help="atoms of a cell (default: as in training)")
+
+    how = campaign.add_argument_group("how to make it")
+    add = how.add_argument
+    add("--steps", type=int, default=default.steps, help="calls of the network (default: %(default)s)")
+    for name, meaning in (
+        ("churn", "noise added before each step, in steps; 0: deterministic"),
+        ("speed", "coordinates move 1 + speed (1 - t) times as far"),
+        ("guidance", "1: as trained; more: closer to what is asked for"),
+    ):
+        told = f"{meaning} (default: %(default)s)"
+        add(f"--{name}", type=float, default=getattr(default, name), metavar="X", help=told)
+    add("--precision", choices=PRECISIONS, default=default.precision, help="(default: %(default)s)")
+    add("--device", choices=DEVICES, default=default.device, help="(default: %(default)s)")
+    add("--tile", type=int, default=0, metavar="T", help="crystals always sampled together (default: by device)")
+    add("--pairs", type=int, default=0, metavar="P", help="of atoms looked at together (default: by device)")
+    add("--block", type=int, default=0, metavar="B", help="crystals of a file, a multiple of T (default: by n)")
+    add("--processes", type=int, metavar="P", help="workers of each rank; 0: none but itself (default: all cores)")
+    campaign.set_defaults(run=_campaign, resumable=True)
+
+
+def _campaign(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    import logging
+
+    from hpcgen.campaign.config import PRELOAD, CampaignConfig, read_conditions
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    names = [field.name for field in dataclasses.fields(CampaignConfig)]
+    told = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    config = CampaignConfig(**told, conditions=read_conditions(arguments.condition)).checked()
+    if config.processes != 0 and config.device != "cuda":
+        from hpcgen.runner.guard import prepare
+
+        prepare(PRELOAD)  # the workers' imports and ours at the same time
+    from hpcgen.campaign.generate import campaign
+
+    summary = campaign(config)
+    if summary is not None:
+        print(summary.render())
+    return DONE
+
+
+def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
+    evaluate = verbs.add_parser("evaluate", help="metrics of a run: validity, or match rate against known crystals")
+    evaluate.add_argument("evaluated", type=Path, metavar="RUN", help="a campaign's folder, or any store")
+    evaluate.add_argument("--reference", type=Path, metavar="STORE", help="known crystals: targets, and the control")
+    evaluate.add_argument("--split", help="of the reference: train, val, test (default: all)")
+    evaluate.add_argument("--task", default="generate", help="generate (default) or predict")
+    evaluate.add_argument("--pair", choices=("target", "composition"),
+                          help="predict: the crystal named in the column target (default where there is one), or every "
+                          "one of the same composition and number of atoms")  # fmt: skip
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="default: RUN/evaluate/TASK.json; the table of all "
+                          "crystals goes beside it as CSV")  # fmt: skip
+    evaluate.add_argument("--processes", type=int, metavar="P", help="worker processes (default: all usable cores)")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="the first N crystals only")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the control with random coordinates")
+    evaluate.add_argument("--pair-timeout", type=float, default=60.0, metavar="S", help="seconds one match may take")
+    evaluate.set_defaults(run=_evaluate, resumable=True)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from hpcgen.campaign.evaluate import Request, evaluate
+    from hpcgen.metrics.summary import render
+    from hpcgen.runner.team import find_team
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if arguments.processes is not None and arguments.processes < 0:
+        raise UsageError(f"--processes {arguments.processes}: want 0 (work in this very process) or more")
+    request = Request(
+        arguments.evaluated, arguments.reference, arguments.split, arguments.task, arguments.pair, arguments.limit,
+        arguments.seed, arguments.pair_timeout,
+    )  # fmt: skip
+    with find_team() as team:
+        found = evaluate(request, arguments.json, team, arguments.processes)
+    if found is not None:
+        print(render(found))
+    return DONE
+
+
+def _add_export(verbs: argparse._SubParsersAction) -> None:
+    export = verbs.add_parser("export", help="crystals of a run as CIF, extxyz, POSCAR, JSON, CSV, or another store")
+    export.add_argument("exported", type=Path, metavar="RUN", help="a campaign's folder, or any store")
+    export.add_argument("--format", required=True, help="cif, poscar: a file each; extxyz, json (pymatgen), csv (with "
+                        "cif_string): one file; store: another store")  # fmt: skip
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder, new or empty")
+    export.add_argument("--where", metavar="CONDITION",
+                        help="as 'band_gap > 1 and num_atoms <= 20 and \"Li\" in elements'")  # fmt: skip
+    export.add_argument("--top", type=int, metavar="N", help="the first N only")
+    export.add_argument("--by", metavar="COLUMN", help="order by a column, ascending; --by=-COLUMN: descending")
+    export.add_argument("--split", help="train, val, test (default: all)")
+    export.add_argument("--symprec", type=float, metavar="Å", help="CIFs: symmetrised within this, in the conventional "
+                        "cell (default: P1, coordinates as they are)")  # fmt: skip
+    export.set_defaults(run=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from hpcgen.store.export import Request, export
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    request = Request(
+        arguments.exported, arguments.format, arguments.out, arguments.where, arguments.top, arguments.by,
+        arguments.split, arguments.symprec,
+    )  # fmt: skip
+    print(f"{arguments.out}: {export(request):,} crystals as {arguments.format}")
     return DONE
 
 

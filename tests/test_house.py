@@ -27,6 +27,7 @@ TORCH_FREE = [
     "hpcgen.errors",
     "hpcgen.runner.blocks",
     "hpcgen.train.config",
+    "hpcgen.campaign.config",
     "hpcgen.models.autoperi_config",
 ]
 

@@ -263,3 +263,13 @@ def test_log_metric_in_float32():
     made = lattice_from_log_metric(log_metric(lattice))
     assert made.dtype == torch.float32
     assert torch.allclose(made @ made.mT, lattice @ lattice.mT, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e4])
+def test_a_metric_of_no_cell_gives_nan_and_touches_no_other(bad):
+    vector = log_metric(METRIC_CELLS[:12])
+    clean = lattice_from_log_metric(vector)
+    vector[5] = bad
+    made = lattice_from_log_metric(vector)
+    others = torch.arange(12) != 5
+    assert made[5].isnan().all() and torch.equal(made[others], clean[others])

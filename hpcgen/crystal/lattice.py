@@ -254,11 +254,15 @@ def log_metric(lattice: Tensor) -> Tensor:
 
 
 def lattice_from_log_metric(log: Tensor) -> Tensor:
-    """The right-handed cells, a along x and b in the xy plane, of `log_metric`. (B, 6) -> (B, 3, 3) Å."""
+    """The right-handed cells, a along x and b in the xy plane, of `log_metric`. (B, 6) -> (B, 3, 3) Å.
+
+    What is not finite, or too large or flat to be a cell, is NaN, and does not touch the others.
+    """
     x = log.double()
     x = x / x.new_tensor([1, 1, 1, _SQRT2, _SQRT2, _SQRT2])
     matrix = x[:, [0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(-1, 3, 3)
-    return torch.linalg.cholesky(torch.linalg.matrix_exp(2 * matrix)).to(log.dtype)
+    factor, bad = torch.linalg.cholesky_ex(torch.linalg.matrix_exp(2 * matrix))
+    return factor.masked_fill((bad != 0)[:, None, None], math.nan).to(log.dtype)
 
 
 def _short(values: Tensor) -> str:

@@ -286,6 +286,7 @@ def _revealed(
     """Each hidden element is drawn from the network's chances with probability `share`. (B, N) -> (B, N)."""
     hidden = (species == 0) & mask
     chance = draw.uniform(Purpose.SPECIES, index, step, species.shape[1], 2)
-    up_to = logits.float().softmax(-1).cumsum(-1)
-    drawn = 1 + (up_to < chance[..., :1] * up_to[..., -1:]).sum(-1).clamp_max(ELEMENTS - 1)
+    # whole numbers: sums of floats depend on their order, which no GPU promises
+    up_to = (logits.double().softmax(-1) * 2.0**40).long().cumsum(-1)
+    drawn = 1 + (up_to <= chance[..., :1] * up_to[..., -1:]).sum(-1).clamp_max(ELEMENTS - 1)
     return torch.where(hidden & (chance[..., 1] < share), drawn, species)

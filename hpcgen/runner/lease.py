@@ -238,6 +238,11 @@ class Lease:
         beats = [beat for beat in self._beats_of(self.team.token) if beat.get("member") != self.member]
         return any(self.is_alive(int(beat["rank"]), str(beat["member"])) for beat in beats)
 
+    def leads(self) -> bool:
+        """Whether no member of this launch of a lower rank is at work here now."""
+        lower = [beat for beat in self._beats_of(self.team.token) if int(beat["rank"]) < self.team.rank]
+        return not any(self.is_alive(int(beat["rank"]), str(beat["member"])) for beat in lower)
+
     def _describe_newest(self) -> str:
         known = self._generations()
         record = read_record(self._owner(known[-1])) if known else None

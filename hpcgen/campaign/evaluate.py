@@ -1,0 +1,262 @@
+"""`hpcgen evaluate`: measure every crystal of a run in parallel, then print figures that come from that table alone."""
+
+import csv
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hpcgen.campaign.measure import MeasureBlock, Pairs, control_rows, header, pairs_by_composition, pairs_by_target
+from hpcgen.errors import InputError, TooManyFailed, UsageError
+from hpcgen.files import make_folder, whole, write_json
+from hpcgen.metrics.match import Comparison
+from hpcgen.metrics.summary import DEFINITIONS, Table, generate_figures, predict_figures, validity_figures
+from hpcgen.runner.blocks import Block, How, once, run_blocks
+from hpcgen.runner.lease import Lease
+from hpcgen.runner.stop import StopFlag
+from hpcgen.runner.team import Team
+from hpcgen.store.layout import read_manifest
+from hpcgen.store.read import Store
+
+TASKS = ("generate", "predict")
+LATER = ("reconstruct", "optimize")
+CONTROL = 2000  # crystals of the reference that the control looks at
+PRELOAD = ("hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher", "ase.data")
+_VERSIONS = ("hpcgen", "pymatgen", "pymatgen-core", "ase", "torch", "numpy")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated. Raises UsageError for what cannot be."""
+
+    run: Path
+    reference: Path | None = None
+    split: str | None = None  # of the reference
+    task: str = "generate"
+    pair: str | None = None  # target, composition; None: target where the run has that column
+    limit: int | None = None  # the first crystals only
+    seed: int = 0  # of the control
+    pair_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            when = "comes with a later version" if self.task in LATER else "is unknown"
+            raise UsageError(f"--task {self.task} {when}; there are now: {', '.join(TASKS)}")
+        if self.task == "predict" and self.reference is None:
+            raise UsageError("--task predict needs --reference STORE, the crystals to be matched")
+        for flag, value, needed, where in (
+            ("split", self.split, self.reference is not None, "without --reference"),
+            ("pair", self.pair, self.task == "predict", f"with --task {self.task}"),
+        ):
+            if value is not None and not needed:
+                raise UsageError(f"--{flag} {value}: means nothing {where}")
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit {self.limit}: want at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"--seed {self.seed}: want a whole number from 0 to 2**64 - 1")
+        if not 0 < self.pair_timeout_s < float("inf"):
+            raise UsageError(f"--pair-timeout {self.pair_timeout_s}: want seconds above 0")
+
+
+def evaluate(request: Request, out: Path | None, team: Team, processes: int | None = None) -> dict[str, Any] | None:
+    """Evaluate, or finish what an earlier call began; on the member that speaks for the launch, what was found.
+
+    Writes `out`, by default RUN/evaluate/TASK.json, and beside it the table as CSV, both whole. What was evaluated
+    already, with the same settings and versions, is read from there. processes: None for all usable cores, 0 for none.
+    Raises UsageError, InputError, StorageError, StoppedEarly, TooManyFailed if blocks failed.
+    """
+    out = out or request.run / "evaluate" / f"{request.task}.json"
+    if out.suffix == ".csv" or out.is_dir():
+        raise UsageError(f"--json {out}: want the name of a JSON file; the table goes beside it as CSV")
+    run = Store(request.run, dtype=None)
+    reference = Store(request.reference, request.split, dtype=None) if request.reference else None
+    counts = _counts(request, len(run))
+    making = _making(request, counts)
+    work = out.with_name(f"{out.stem}.{making['hash']}.work")
+    if not work.exists() and (found := _finished(out, making["hash"])) is not None:
+        return found if team.rank == 0 else None
+    make_folder(work)
+    with StopFlag() as stop, Lease.take(work, team) as lease:
+        blocks = _measure(request, run, reference, counts.written, work, lease, stop, processes)
+
+        def finish(draft: Path) -> None:
+            _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", _token(lease))
+            write_json(out, {**_told(request, counts, work, out.with_suffix(".csv")), **making}, token=_token(lease))
+            write_json(draft, {"done": True})
+
+        once(work / "done.json", finish, lease=lease, stop=stop)
+        leader = team.rank == 0 or not lease.others_alive()
+        while leader and lease.others_alive():  # they may still look for a file that is cleared up below
+            stop.check()
+            time.sleep(0.05)
+    if not leader:
+        return None
+    shutil.rmtree(work, ignore_errors=True)
+    return _finished(out, making["hash"])
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """asked = written + rejected, of what is evaluated."""
+
+    asked: int
+    written: int
+    rejected: dict[str, int]
+    note: str = ""
+
+
+def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> dict[str, Any]:
+    """All that is to be said of an evaluation, from its table, beside what made it."""
+    table, paired, control = Table(_read(table_file)), None, None
+    figures = {"validity": validity_figures(table, counts.asked)}
+    if request.task == "predict":
+        figures |= predict_figures(table, counts.asked)
+        paired = Pairs.load(work / "pairs.npz").by
+    else:
+        figures |= generate_figures(table)
+    if request.reference is not None:
+        control = json.loads((work / "control.json").read_text(encoding="utf-8"))
+    return {
+        "task": request.task,
+        "run": str(request.run),
+        "reference": _named(request),
+        **asdict(counts),
+        "not_measured": dict(sorted(table.reasons.items())),
+        "paired": paired,
+        "figures": figures,
+        "control": control,
+        "definitions": DEFINITIONS,
+        "tolerances": {"match": asdict(Comparison().tolerances), "strict": asdict(Comparison().strict)},
+        "table": table_file.name,
+    }
+
+
+def _measure(
+    request: Request,
+    run: Store,
+    reference: Store | None,
+    count: int,
+    work: Path,
+    lease: Lease,
+    stop: StopFlag,
+    processes: int | None,
+) -> list[Block]:
+    """Control, pairs and the blocks of the table, in `work`."""
+    split = request.split
+    pairs = work / "pairs.npz" if request.task == "predict" else None
+    if pairs is not None and reference is not None:
+        once(pairs, lambda draft: _pairs(request, run, reference, count).save(draft), lease=lease, stop=stop)
+    if reference is not None:
+        once(work / "control.json", lambda draft: write_json(draft, _control(reference, request.seed)), lease=lease,
+             stop=stop)  # fmt: skip
+    size = rows_per_block(count, predicts=pairs is not None)
+    blocks = [Block(number, work / f"rows-{number:06d}.csv", min(size, count - start))
+              for number, start in enumerate(range(0, count, size))]  # fmt: skip
+    work_on = MeasureBlock(request.run, size, (request.reference, split) if request.reference else None, pairs)
+    how = How(processes, PRELOAD, request.pair_timeout_s, label="evaluating")
+    failed = run_blocks(blocks, work_on, lease=lease, stop=stop, how=how).failed
+    if failed:
+        raise TooManyFailed(
+            f"{request.run}: {len(failed)} of {len(blocks)} blocks failed, the first being "
+            f"{failed[0].block.path.name} ({failed[0].reason}); the same command tries them again"
+        )
+    return blocks
+
+
+def rows_per_block(count: int, predicts: bool) -> int:
+    """Enough blocks for many ranks, few enough files: some seconds of work each."""
+    least, most = (16, 1024) if predicts else (256, 4096)
+    return min(max(count // 512, least), most)
+
+
+def _pairs(request: Request, run: Store, reference: Store, count: int) -> Pairs:
+    pair = request.pair or ("target" if "target" in run.columns else "composition")
+    return {"target": pairs_by_target, "composition": pairs_by_composition}[pair](run, reference, count)
+
+
+def _control(reference: Store, seed: int) -> dict[str, Any]:
+    """Validity of some crystals of the reference, and of the same with random coordinates."""
+    tables = {
+        kind: Table({name: str(value) for name, value in row.items()} for row in rows)
+        for kind, rows in control_rows(reference, CONTROL, seed)
+    }
+    many = len(tables["real"])
+    return {"crystals": many, "seed": seed, **{kind: validity_figures(table, many) for kind, table in tables.items()}}
+
+
+def _counts(request: Request, written: int) -> _Counts:
+    """What the campaign's summary says, cut to the limit. Raises InputError if it does not fit the store."""
+    file, asked, rejected = request.run / "summary.json", written, {}
+    if file.exists():
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            rejected = {str(reason): int(count) for reason, count in told["rejected"].items() if int(count)}
+            asked = int(told["asked"])
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as fault:
+            raise InputError(f"{file}: no summary of a campaign ({fault!r})") from fault
+    if asked != written + sum(rejected.values()):
+        raise InputError(
+            f"{file}: {asked} crystals asked for are not the {written} of the store and {sum(rejected.values())} "
+            "rejected ones; let the campaign finish"
+        )
+    if request.limit is None or request.limit >= written:
+        return _Counts(asked, written, rejected)
+    share = -(-asked * request.limit // written)  # rejected ones count in proportion, rounded up
+    note = f"the first {request.limit:,} of {written:,} crystals written, of {asked:,} asked"
+    return _Counts(share, request.limit, {"in-proportion": share - request.limit} if rejected else {}, note)
+
+
+def _named(request: Request) -> str | None:
+    if request.reference is None:
+        return None
+    return f"{request.reference}" + (f" ({request.split})" if request.split else "")
+
+
+def _making(request: Request, counts: _Counts) -> dict[str, Any]:
+    """All that determines the figures: settings, the bytes of the stores, versions."""
+    stores = {}
+    for name, path in (("run", request.run), ("reference", request.reference)):
+        if path is not None:
+            shards = [(shard.name, shard.sha256) for shard in read_manifest(path).shards]
+            stores[name] = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
+    versions = {}
+    for package in _VERSIONS:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    asked = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(request).items()}
+    made = {"request": asked, "stores": stores, "versions": versions}
+    told = json.dumps([made, asdict(counts)], sort_keys=True)
+    return {**made, "hash": hashlib.sha256(told.encode()).hexdigest()[:12]}
+
+
+def _finished(out: Path, making: str) -> dict[str, Any] | None:
+    """What stands in `out` if it is this very evaluation, its table beside it."""
+    with suppress(OSError, ValueError, AttributeError):
+        found = json.loads(out.read_text(encoding="utf-8"))
+        if found.get("hash") == making and out.with_suffix(".csv").exists():
+            return found
+    return None
+
+
+def _write_table(path: Path, blocks: list[Block], predicts: bool, token: str) -> None:
+    """All blocks as one CSV file under a header."""
+    with whole(path, token=token) as draft, draft.open("wb") as file:
+        file.write((",".join(header(predicts)) + "\n").encode())
+        for block in blocks:
+            with block.path.open("rb") as part:
+                shutil.copyfileobj(part, file)
+
+
+def _read(table: Path) -> Iterator[dict[str, str]]:
+    with table.open(encoding="utf-8", newline="") as file:
+        yield from csv.DictReader(file)
+
+
+def _token(lease: Lease) -> str:
+    return f"{lease.team.token}-{lease.member}"

@@ -1,0 +1,1 @@
+"""Numbers from one or two sets of crystals, as the field defines them."""

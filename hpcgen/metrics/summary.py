@@ -1,0 +1,226 @@
+"""Figures from the table of per-crystal metrics, every share with its denominator, and the table for people."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+RULES = {
+    "distances": "pairs 0.5 Å apart (CDVAE)",
+    "distances_with_images": "own images too",
+    "radii": "half the covalent radii apart",
+    "composition": "composition balances (SMACT)",
+    "valid": "valid: pairs and composition",
+}
+DEFINITIONS = {
+    "distances": "all pairs of atoms at least 0.5 Å apart under periodic boundaries, an atom's own images left out, "
+    "and a cell volume of at least 0.1 Å³ (structural validity, CDVAE)",
+    "distances_with_images": "the same with every atom's own images",
+    "radii": "and every distance, own images included, at least half the sum of the covalent radii (Cordero 2008, ASE)",
+    "composition": "one element, or metals alone, or neutral with some oxidation states such that every cation is less "
+    "electronegative than every anion (compositional validity, CDVAE; tables of SMACT 2.2.1)",
+    "valid": "distances and composition",
+    "unique_formulas": "distinct reduced formulas over crystals written",
+    "match_rate": "predictions that StructureMatcher matches to their target over all asked, so the mean over the "
+    "samples of a target; rejected and not compared ones count as not matched",
+    "match_rate_valid": "only valid predictions count as matched (CDVAE), over all asked",
+    "match_rate_both_valid": "only where prediction and target are valid (DiffCSP), over all asked",
+    "ceiling": "share of crystals asked for whose target is valid: the most that match_rate_both_valid can be",
+    "match_rate_strict": "matched within the stricter tolerances too, over all asked",
+    "rms": "mean over the matched of the root mean square distance in units of (V/N)^(1/3)",
+    "first": "the first sample written of each target, over targets",
+    "best": "targets matched by any of their samples, over targets, and the mean of their lowest rms",
+    "by_num_atoms": "of the crystals written, rejected ones having no size",
+}
+BINS = ((1, 4), (5, 8), (9, 12), (13, 16), (17, 20), (21, 30), (31, 52), (53, 10**9))  # atoms
+
+
+class Table:
+    """The columns of the per-crystal table that figures are made of, at some 40 bytes a row."""
+
+    def __init__(self, rows: Iterable[Mapping[str, str]]) -> None:
+        """rows: as they stand in the CSV file, flags as 1 and 0, '' where there is no value."""
+        sizes, flags, rms, asked_for = [], [], [], []
+        self.formulas: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        numbers: dict[str, int] = {}
+        for row in rows:
+            sizes.append(int(row["num_atoms"]))
+            flags.append(_packed(row))
+            self.formulas[row["formula"]] += 1
+            if row["reason"]:
+                self.reasons[row["reason"].partition(":")[0]] += 1
+            if "asked_for" in row:
+                rms.append(float(row["rms"] or "nan"))
+                asked_for.append(numbers.setdefault(row["asked_for"], len(numbers)))
+        self.num_atoms = np.array(sizes, dtype=np.int64)
+        self._flags = np.array(flags, dtype=np.uint8)
+        self.rms = np.array(rms)  # NaN where not matched
+        self.asked_for = np.array(asked_for, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.num_atoms)
+
+    def flag(self, name: str) -> np.ndarray:
+        """(N,) bool."""
+        if name == "valid":
+            return self.flag("distances") & self.flag("composition")
+        return (self._flags >> _FLAGS.index(name) & 1).astype(bool)
+
+
+_FLAGS = ("distances", "distances_with_images", "radii", "composition", "target_valid", "matched", "matched_strict")
+
+
+def _packed(row: Mapping[str, str]) -> int:
+    return sum(1 << bit for bit, name in enumerate(_FLAGS) if row.get(name) == "1")
+
+
+def validity_figures(table: Table, asked: int) -> dict[str, Any]:
+    """How many crystals keep each rule, of all asked."""
+    return {name: _share(int(table.flag(name).sum()), asked) for name in RULES}
+
+
+def generate_figures(table: Table) -> dict[str, Any]:
+    """Of free generation."""
+    return {
+        "formulas": len(table.formulas),
+        "unique_formulas": _ratio(len(table.formulas), len(table)),
+        "num_atoms": {
+            "min": int(table.num_atoms.min()),
+            "mean": round(float(table.num_atoms.mean()), 3),
+            "max": int(table.num_atoms.max()),
+            "counts": {str(n): count for n, count in sorted(Counter(table.num_atoms.tolist()).items())},
+        },
+    }
+
+
+def predict_figures(table: Table, asked: int) -> dict[str, Any]:
+    """Of structure prediction."""
+    matched, valid = ~np.isnan(table.rms), table.flag("valid")
+    both = valid & table.flag("target_valid")
+    return {
+        "match_rate": _matches(table.rms, matched, asked),
+        "match_rate_valid": _matches(table.rms, matched & valid, asked),
+        "match_rate_both_valid": _matches(table.rms, matched & both, asked),
+        "ceiling": _ratio(int(table.flag("target_valid").sum()), len(table)),
+        "match_rate_strict": _share(int(table.flag("matched_strict").sum()), asked),
+        **_per_target(table, asked),
+        "by_num_atoms": [
+            {
+                "atoms": [low, min(high, int(table.num_atoms.max()))],
+                **_matches(table.rms[some], matched[some], len(some)),
+            }
+            for low, high in BINS
+            if len(some := np.flatnonzero((table.num_atoms >= low) & (table.num_atoms <= high)))
+        ],
+    }
+
+
+def _per_target(table: Table, asked: int) -> dict[str, Any]:
+    """k samples a target; targets of which every sample was rejected are counted as asked / k tells."""
+    targets, first, counts = np.unique(table.asked_for, return_index=True, return_counts=True)
+    k = int(counts.max())
+    count = max(len(targets), round(asked / k))
+    lowest = np.full(len(targets), np.inf)
+    np.fmin.at(lowest, table.asked_for, np.nan_to_num(table.rms, nan=np.inf))
+    first_rms = table.rms[first]
+    return {
+        "targets": count,
+        "samples_per_target": k,
+        "first": _matches(first_rms, ~np.isnan(first_rms), count),
+        "best": _matches(lowest, np.isfinite(lowest), count),
+    }
+
+
+def _matches(rms: np.ndarray, matched: np.ndarray, of: int) -> dict[str, Any]:
+    mean = float(rms[matched].mean()) if matched.any() else None
+    return {**_share(int(matched.sum()), of), "rms": mean}
+
+
+def _share(count: int, of: int) -> dict[str, Any]:
+    return {"count": count, "of": of, "share": _ratio(count, of)}
+
+
+def _ratio(count: int, of: int) -> float:
+    return count / of if of else 0.0
+
+
+def render(told: Mapping[str, Any]) -> str:
+    """An evaluation, as its JSON file has it, for people to read."""
+    figures, rejected = told["figures"], told["rejected"]
+    lost = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+    head = [
+        ("task", f"{told['task']}, {told['run']}" + (f" against {told['reference']}" if told["reference"] else "")),
+        ("asked", f"{told['asked']:,}" + (f" ({told['note']})" if told["note"] else "")),
+        ("written", f"{told['written']:,}" + (f"; rejected: {lost}" if lost else "")),
+    ]
+    if told["task"] == "predict":
+        head.append(("paired", told["paired"]))
+    if told["not_measured"]:
+        head.append(("not compared", ", ".join(f"{n:,} {reason}" for reason, n in told["not_measured"].items())))
+    lines = [f"{name:<13} {value}" for name, value in head]
+    if told["task"] == "predict":
+        lines += ["", *_predict_lines(figures)]
+    lines += ["", *_validity_lines(figures["validity"], told["control"])]
+    if told["task"] == "generate":
+        atoms = figures["num_atoms"]
+        unique = f"{figures['formulas']:,} distinct, {_percent(figures['unique_formulas'])} of written"
+        lines += ["", f"{'formulas':<13} {unique}"]
+        lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {atoms['mean']:.2f}")
+    return "\n".join(lines)
+
+
+def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | None) -> list[str]:
+    heads, columns = ["count", "share"], [
+        [f"{validity[name]['count']:,}" for name in RULES],
+        [_percent(validity[name]["share"]) for name in RULES],
+    ]  # fmt: skip
+    if control:
+        for kind in ("real", "random"):
+            heads.append(kind)
+            columns.append([_percent(control[kind][name]["share"]) for name in RULES])
+    of = next(iter(validity.values()))["of"]
+    lines = _aligned(f"of {of:,} asked", list(RULES.values()), heads, columns)
+    if control:
+        many = f"{control['crystals']:,} crystals of the reference"
+        lines.append(f"real: {many}; random: their cells with coordinates at random, seed {control['seed']}")
+    return lines
+
+
+def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
+    k = figures["samples_per_target"]
+    rows = [
+        ("match rate, all", figures["match_rate"]),
+        ("valid ones only (CDVAE)", figures["match_rate_valid"]),
+        ("target valid too (DiffCSP)", figures["match_rate_both_valid"]),
+        ("stricter tolerances", figures["match_rate_strict"]),
+    ]
+    if k > 1:
+        rows += [("first sample of a target", figures["first"]), (f"best of {k} samples", figures["best"])]
+    for part in figures["by_num_atoms"]:
+        low, high = part["atoms"]
+        rows.append((f"{low} to {high} atoms", part) if low < high else (f"{low} atoms", part))
+    columns = [
+        [f"{part['count']:,}" for _, part in rows],
+        [f"{part['of']:,}" for _, part in rows],
+        [_percent(part["share"]) for _, part in rows],
+        [f"{part['rms']:.4f}" if part.get("rms") is not None else "–" for _, part in rows],
+    ]
+    lines = _aligned("matched", [name for name, _ in rows], ["count", "of", "share", "RMSE"], columns)
+    return [*lines, f"{_percent(figures['ceiling'])} of the targets are valid: the most that DiffCSP's rate can be"]
+
+
+def _aligned(title: str, names: Sequence[str], heads: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str]:
+    width = max(map(len, [title, *names])) + 2
+    widths = [max(map(len, [head, *column])) for head, column in zip(heads, columns, strict=True)]
+    table = [
+        (title, heads),
+        *((f"  {name}", cells) for name, cells in zip(names, zip(*columns, strict=True), strict=True)),
+    ]
+    return [f"{name:<{width}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
+            for name, cells in table]  # fmt: skip
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
