@@ -185,7 +185,8 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
     what = campaign.add_argument_group("what to make")
     add = what.add_argument
     add("--formula", default="", metavar="F", help="the whole content of the cell, as Li9P3S12")
-    add("--formulas", default="", metavar="FILE", help="formulas, one a line; CSV with id,formula; or a STORE")
+    add("--formulas", default="", metavar="FILE",
+        help="formulas, one a line; CSV with id,formula[,num_atoms]; or a STORE")  # fmt: skip
     add("--per-formula", type=int, default=1, metavar="K", help="crystals of each (default: %(default)s)")
     add("--split", default="", help="of that store (default: all)")
     add("--limit", type=int, default=0, metavar="L", help="only the first L formulas")

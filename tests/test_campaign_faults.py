@@ -279,6 +279,9 @@ LINES = [
     ("id,formula\na,NaCl\na,KCl\n", "line 3: id 'a' stands twice"),
     ("id,formula\n,NaCl\n", "line 2: id '' is empty"),
     ("id,formula\na\n", "line 2: formula '': no atoms"),
+    ("id,formula,num_atoms\na,Li3P,9\n", "line 2: num_atoms is '9'; want a multiple of the formula's 4"),
+    ("id,formula,num_atoms\na,Li3P,8\nb,NaCl,0\n", "line 3: num_atoms is '0'; want"),
+    ("id,formula,num_atoms\na,Li3P,many\n", "line 2: num_atoms is 'many'; want"),
     ("\xff\xfe", "cannot read formulas"),
 ]
 
@@ -290,6 +293,14 @@ def test_bad_files_of_formulas(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(InputError) as met:
         targets_of(CampaignConfig(formulas=str(file)))
     assert told in str(met.value) and str(file) in str(met.value)
+
+
+def test_a_number_of_atoms_repeats_the_formula(tmp_path: Path) -> None:
+    file = tmp_path / "formulas.csv"
+    file.write_text("id,formula,num_atoms\na,Li3P,8\nb,NaCl,\nc,NaCl,2\n")
+    made = targets_of(CampaignConfig(formulas=str(file)))
+    assert made is not None and made.ptr.tolist() == [0, 8, 10, 12]
+    assert made.atomic_numbers.tolist() == [3] * 6 + [15] * 2 + [11, 17] * 2
 
 
 def test_n_and_formulas_must_agree(checkpoint: Path, tmp_path: Path) -> None:

@@ -110,8 +110,21 @@ def _cell(formula: str) -> dict[int, int]:
     return dict(sorted((ATOMIC_NUMBERS[symbol], count) for symbol, count in counts.items()))
 
 
+def _repeated(cell: dict[int, int], atoms: str) -> dict[int, int]:
+    """The cell as often as it takes to hold so many atoms; as it is where none are told. Raises BadFormula."""
+    if not atoms:
+        return cell
+    times, rest = divmod(int(atoms) if atoms.isdecimal() else 0, sum(cell.values()))
+    if rest or not 0 < times * sum(cell.values()) <= MOST_ATOMS:
+        raise BadFormula(f"num_atoms is {atoms!r}; want a multiple of the formula's {sum(cell.values())}")
+    return {number: count * times for number, count in cell.items()}
+
+
 def _lines(path: Path) -> Iterator[tuple[str, dict[int, int]]]:
-    """Id and cell of each line of a file: formulas, or comma-separated values under names with `formula` in them."""
+    """Id and cell of each line of a file: formulas, or comma-separated values under names with `formula` in them.
+
+    Where there is a column `num_atoms` too, as `hpcgen export` writes it, the formula is one of several in the cell.
+    """
     named: set[str] = set()
     columns: list[str] | None = None
     for number, cells in _rows(path):
@@ -122,7 +135,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[int, int]]]:
         told = dict(zip(columns, cells, strict=False)) if columns != [""] else {"formula": ",".join(cells)}
         formula = told.get("formula", "")
         try:
-            cell = _cell(formula)
+            cell = _repeated(_cell(formula), told.get("num_atoms", ""))
         except BadFormula as fault:
             raise InputError(f"{path}, line {number}: {fault}") from None
         name = told.get("id", formula)
