@@ -166,7 +166,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _add_campaign(verbs: argparse._SubParsersAction) -> None:
-    from hpcgen.campaign.config import DEVICES, PRECISIONS, CampaignConfig
+    from hpcgen.campaign.config import DEVICES, PRECISIONS, SAMPLING, CampaignConfig
 
     default = CampaignConfig()
     campaign = verbs.add_parser(
@@ -191,19 +191,21 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
     add("--split", default="", help="of that store (default: all)")
     add("--limit", type=int, default=0, metavar="L", help="only the first L formulas")
     add("--condition", action="append", default=[], metavar="NAME=X", help="a property, as band_gap=1.5; repeatable")
-    add("--elements", default="", metavar="A-B-C", help="chemical system, as Li-P-S")
+    add("--elements", default="", metavar="A-B-C", help="chemical system, as Li-P-S: no others are taken")
     add("--num-atoms", default="", metavar="N|MIN-MAX", help="atoms of a cell (default: as in training)")
 
     how = campaign.add_argument_group("how to make it")
     add = how.add_argument
-    add("--steps", type=int, default=default.steps, help="calls of the network (default: %(default)s)")
-    for name, meaning in (
-        ("churn", "noise added before each step, in steps; 0: deterministic"),
-        ("speed", "coordinates move 1 + speed (1 - t) times as far"),
-        ("guidance", "1: as trained; more: closer to what is asked for"),
+    for name, kind, meaning in (
+        ("steps", int, "calls of the network"),
+        ("churn", float, "noise added before each step, in steps; 0: deterministic"),
+        ("speed", float, "coordinates move 1 + speed (1 - t) times as far"),
     ):
-        told = f"{meaning} (default: %(default)s)"
-        add(f"--{name}", type=float, default=getattr(default, name), metavar="X", help=told)
+        free, given = (SAMPLING[task][name] for task in ("generate", "predict"))
+        told = f"{meaning} (default: {free}, with formulas {given})"
+        add(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=told)
+    add("--guidance", type=float, default=default.guidance, metavar="X",
+        help="1: as trained; more: closer to conditions and elements asked for (default: %(default)s)")  # fmt: skip
     add("--precision", choices=PRECISIONS, default=default.precision, help="(default: %(default)s)")
     add("--device", choices=DEVICES, default=default.device, help="(default: %(default)s)")
     add("--tile", type=int, default=0, metavar="T", help="crystals always sampled together (default: by device)")

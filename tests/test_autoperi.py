@@ -1,5 +1,6 @@
 """The laws of AutoPeri in float64: translation, rotation, relabelling, padding and batching; its sampler."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +264,28 @@ def test_guidance_of_one_is_none_and_more_goes_further() -> None:
     plain, stronger = net.sample(request, Draw(1)), net.sample(replace(request, guidance=3.0), Draw(1))
     free = net.sample(replace(request, conditions={}, elements=()), Draw(1))
     assert not torch.equal(plain.lattice, stronger.lattice) and not torch.equal(plain.lattice, free.lattice)
+
+
+def test_no_elements_but_those_of_the_system_are_taken() -> None:
+    net = model(replace(TINY, conditions=[])).float()
+    request = Request(torch.arange(8), torch.full((8,), 4), torch.zeros(8, 4, dtype=torch.int64), steps=4)
+    assert len(net.sample(request, Draw(1)).atomic_numbers.unique()) > 3
+    assert set(net.sample(replace(request, elements=(3, 15, 16)), Draw(1)).atomic_numbers.tolist()) <= {3, 15, 16}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_crystal_whose_elements_are_not_finite_is_not_finite(value: float) -> None:
+    class Poisoned(AutoPeri):
+        def read(self, *told) -> Reading:
+            said = super().read(*told)
+            said.species[0, 1, 7] = value
+            return said
+
+    torch.manual_seed(0)
+    net = Poisoned(replace(TINY, conditions=[])).eval()
+    request = Request(torch.arange(3), torch.tensor([4, 4, 3]), torch.zeros(3, 4, dtype=torch.int64), steps=3)
+    out = net.sample(request, Draw(1))
+    assert [bool(out[k].frac_coords.isfinite().all()) for k in range(3)] == [False, True, True]
 
 
 def test_the_loss_falls() -> None:

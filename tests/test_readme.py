@@ -48,6 +48,28 @@ def test_the_first_store_its_verbs_and_the_snippet(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_the_first_campaign(tmp_path: Path) -> None:
+    lines = shell_lines()
+    make = lines.index("hpcgen campaign --n 1000")
+    small = [lines[make].replace("1000", "12") + " --steps 3", *lines[make + 1 : make + 3]]
+    assert [line.split()[1] for line in small] == ["campaign", "evaluate", "export"]
+    for line in small:
+        done = sh(line, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert line.split()[1] != "evaluate" or "valid" in done.stdout
+    assert list((tmp_path / "campaign-cifs").glob("*.cif"))
+
+
+def test_every_command_of_hpcgen_is_one() -> None:
+    from hpcgen.cli import parser
+
+    commands = [line for line in shell_lines() if line.startswith("hpcgen ")]
+    assert len(commands) > 8
+    for line in commands:
+        parser().parse_args(shlex.split(line)[1:])
+
+
 def scripts() -> list[str]:
     return sorted({match for line in shell_lines() for match in re.findall(r"preprocess/\w+\.py", line)})
 

@@ -16,9 +16,10 @@ from hpcgen.campaign.sampling import load_once
 from hpcgen.campaign.summary import Summary, finish, is_finished
 from hpcgen.campaign.targets import Targets, targets_of
 from hpcgen.config import load_config, to_yaml
+from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.errors import InputError, TooManyFailed, UsageError
 from hpcgen.files import append_json_line, write_whole
-from hpcgen.models.load import find_device
+from hpcgen.models.load import sampling_device
 from hpcgen.runner.blocks import How, once, run_blocks
 from hpcgen.runner.cores import slurm_cores, usable_cores
 from hpcgen.runner.lease import Lease
@@ -66,7 +67,7 @@ def _resolved(
     config: CampaignConfig, targets: Targets | None, warn: Callable[..., None]
 ) -> tuple[CampaignConfig, dict[str, Any]]:
     """The config with everything filled in but the size of a block, and what the checkpoint says of itself."""
-    checkpoint, device = Path(config.checkpoint).resolve(), find_device(config.device)
+    checkpoint, device = Path(config.checkpoint).resolve(), sampling_device(config.device)
     if checkpoint == PACKAGED and not checkpoint.exists():
         raise InputError(f"{checkpoint}: this hpcgen comes without a trained model; want --checkpoint FILE")
     model, facts, sha256 = load_once(checkpoint, device)
@@ -80,8 +81,9 @@ def _resolved(
             )
     kind = device.type
     resolved = dataclasses.replace(
-        config,
+        config.with_sampling(),
         n=n,
+        elements="-".join(SYMBOLS[number] for number in config.system()),
         checkpoint=str(checkpoint),
         checkpoint_sha256=sha256,
         targets_sha256=targets.sha256 if targets is not None else "",
@@ -177,8 +179,8 @@ def _tell_plan(
         config.checkpoint_sha256[:12], config.seed,
     )  # fmt: skip
     log.info(
-        "%d steps, churn %g, speed %g, guidance %g, %s on %s; blocks: %d of %d crystals, tiles of %d; ranks: %d, "
-        "worker processes of each: %d",
+        "%d steps, churn %g, speed %g, guidance %g, %s on %s; blocks: %d of up to %d crystals, in tiles of %d that are "
+        "always sampled whole; ranks: %d, worker processes of each: %d",
         config.steps, config.churn, config.speed, config.guidance, config.precision, config.device, blocks,
         config.block, config.tile, team.size, _workers(config, team),
     )  # fmt: skip

@@ -18,7 +18,7 @@ from hpcgen.campaign.targets import Targets
 from hpcgen.diffusion.draw import Draw, Purpose
 from hpcgen.errors import InputError, UsageError
 from hpcgen.models.autoperi import Request
-from hpcgen.models.load import find_device, load_model
+from hpcgen.models.load import load_model, sampling_device
 from hpcgen.store.layout import sha256_of
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Sampler:
 
     def __init__(self, config: CampaignConfig, targets: Targets | None) -> None:
         self.config, self.targets, self.draw = config, targets, Draw(config.seed)
-        self.device = find_device(config.device)
+        self.device = sampling_device(config.device)
         self.seconds = 0.0
         _settle(self.device)
         self.model, _, sha256 = load_once(Path(config.checkpoint), self.device)
@@ -88,10 +88,7 @@ class Sampler:
             self._there(species),
             conditions=dict(config.conditions),
             elements=config.system(),
-            steps=config.steps,
-            churn=config.churn,
-            speed=config.speed,
-            guidance=config.guidance,
+            **config.sampling(),
         )
         with _precision(config, self.device):
             return self.model.sample(request, self.draw, go_on).to(dtype=torch.float32)

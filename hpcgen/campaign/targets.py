@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from hpcgen.campaign.config import MOST_ATOMS, CampaignConfig
 from hpcgen.crystal.composition import ATOMIC_NUMBERS, BadFormula, parse_formula
 from hpcgen.errors import InputError, UsageError
 from hpcgen.store.arrays import pointers, ranges
+from hpcgen.store.write import LONGEST_TEXT
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def targets_of(config: CampaignConfig) -> Targets | None:
     Raises UsageError for a formula or a split that cannot be, InputError naming file and line.
     """
     if config.formula:
-        return _targets([(config.formula, _cell(config.formula))])
+        return _targets("--formula", [(config.formula, _cell(config.formula))])
     if not config.formulas:
         return None
     path = Path(config.formulas)
@@ -68,7 +71,7 @@ def targets_of(config: CampaignConfig) -> Targets | None:
     else:
         if config.split:
             raise UsageError(f"--split {config.split}: {path} is no store")
-        made = _targets(list(_lines(path))[: config.limit or None])
+        made = _targets(str(path), list(itertools.islice(_lines(path), config.limit or None)))
     if not len(made):
         raise InputError(f"{path}: holds no formulas")
     return made
@@ -87,17 +90,20 @@ def _of_store(path: Path, split: str | None, limit: int | None) -> Targets:
         if left is not None and (left := left - len(part)) <= 0:
             break
     ids, counts, numbers = zip(*parts, strict=True)
-    return _checked([id for some in ids for id in some], np.concatenate(counts), np.concatenate(numbers))
+    return _checked(str(path), [id for some in ids for id in some], np.concatenate(counts), np.concatenate(numbers))
 
 
-def _targets(cells: Sequence[tuple[str, dict[int, int]]]) -> Targets:
+def _targets(source: str, cells: Sequence[tuple[str, dict[int, int]]]) -> Targets:
     """Of ids and, for each, atoms by atomic number."""
     numbers = [np.repeat(np.array(list(cell), dtype=np.uint8), list(cell.values())) for _, cell in cells]
     counts = np.array([len(part) for part in numbers], dtype=np.int64)
-    return _checked([name for name, _ in cells], counts, np.concatenate([np.zeros(0, np.uint8), *numbers]))
+    return _checked(source, [name for name, _ in cells], counts, np.concatenate([np.zeros(0, np.uint8), *numbers]))
 
 
-def _checked(ids: Sequence[str], counts: np.ndarray, numbers: np.ndarray) -> Targets:
+def _checked(source: str, ids: Sequence[str], counts: np.ndarray, numbers: np.ndarray) -> Targets:
+    for id in ids:
+        if len(id.encode()) > LONGEST_TEXT:
+            raise InputError(f"{source}: id {id[:80]!r}…: {len(id.encode()):,} bytes, want at most {LONGEST_TEXT}")
     encoded = np.array([id.encode() for id in ids], dtype=np.bytes_) if ids else np.zeros(0, dtype="S1")
     return Targets(encoded, pointers(counts), numbers.astype(np.uint8))
 
@@ -114,6 +120,8 @@ def _repeated(cell: dict[int, int], atoms: str) -> dict[int, int]:
     """The cell as often as it takes to hold so many atoms; as it is where none are told. Raises BadFormula."""
     if not atoms:
         return cell
+    shared = math.gcd(*cell.values())  # a formula such as O2 or Na2O2 may stand for a cell of O or NaO
+    cell = {number: count // shared for number, count in cell.items()}
     times, rest = divmod(int(atoms) if atoms.isdecimal() else 0, sum(cell.values()))
     if rest or not 0 < times * sum(cell.values()) <= MOST_ATOMS:
         raise BadFormula(f"num_atoms is {atoms!r}; want a multiple of the formula's {sum(cell.values())}")

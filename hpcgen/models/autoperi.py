@@ -66,7 +66,7 @@ class Request:
     num_atoms: Tensor  # (B,) int64
     species: Tensor  # (B, N) int64, 0 where it is to be found, and at padding
     conditions: Mapping[str, float] = field(default_factory=dict)
-    elements: tuple[int, ...] = ()  # of the chemical system, if it is asked for
+    elements: tuple[int, ...] = ()  # of the chemical system, if it is asked for: no others are taken
     steps: int = 50
     churn: float = 0.0  # noise added before each step, in steps: 0 is deterministic
     speed: float = 0.0  # coordinates move 1 + speed (1 - t) times as far
@@ -77,6 +77,7 @@ class AutoPeri(nn.Module):
     """`forward` is the loss, `sample` gives crystals."""
 
     Config = AutoPeriConfig
+    TABLES = ("size_counts",)  # taken from the store of a training, also where it begins with a trained model
 
     lattice_mean: Tensor
     lattice_std: Tensor
@@ -208,6 +209,9 @@ class AutoPeri(nn.Module):
         index, length = request.index, request.species.shape[1]
         mask, species = occupied(request.num_atoms, length), request.species
         known = self._told_in_sampling(request, mask)
+        outside = torch.zeros(ELEMENTS, device=mask.device)
+        if request.elements:
+            outside.fill_(-math.inf)[[number - 1 for number in request.elements]] = 0.0
         sites = draw.uniform(Purpose.SITE, index, 0, length, 3)
         lattice = self.lattice_noise.most * draw.normal(Purpose.LATTICE, index, channels=6)
         times = [1 - k / request.steps for k in range(request.steps + 1)]
@@ -225,7 +229,8 @@ class AutoPeri(nn.Module):
             sigma = self.lattice_noise.sigma(start)
             clean = (lattice + sigma * math.sqrt(1 + sigma**2) * said.lattice) / (1 + sigma**2)
             lattice = clean + self.lattice_noise.left(start, then) * (lattice - clean)
-            species = _revealed(species, said.species, mask, 1 - then / now, draw, index, k)
+            sites = sites.masked_fill(~said.species.isfinite().all(-1, keepdim=True), math.nan)  # no crystal
+            species = _revealed(species, said.species + outside, mask, 1 - then / now, draw, index, k)
         return Dense(species, sites, self.real_lattice(lattice, request.num_atoms), mask).crystals()
 
     def _told_in_sampling(self, request: Request, mask: Tensor) -> Known:

@@ -12,8 +12,9 @@ from hpcgen.errors import InputError, SiteError, UsageError
 from hpcgen.models.registry import model_named
 from hpcgen.models.saved import MODEL, read_saved
 
-_LOCAL_RANKS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK",
-                "PALS_LOCAL_RANKID", "LOCAL_RANK")  # fmt: skip
+# Slurm's comes last: ranks that mpiexec starts in a batch script inherit that of the script, which is 0
+_LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "MV2_COMM_WORLD_LOCAL_RANK", "PALS_LOCAL_RANKID",
+                "LOCAL_RANK", "SLURM_LOCALID")  # fmt: skip
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
@@ -35,7 +36,7 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     return model.to(device).eval().requires_grad_(False), content
 
 
-def find_device(wanted: str, env: Mapping[str, str] | None = None) -> torch.device:
+def sampling_device(wanted: str, env: Mapping[str, str] | None = None) -> torch.device:
     """The GPU of this process, by its number on its node, or the CPU. wanted: auto, cpu or cuda. Raises SiteError."""
     count = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
     if not count:

@@ -1,5 +1,6 @@
 """All generative models by name. A model is an nn.Module with three more members:
 
+    Model.TABLES                         names of buffers that a training which begins with a trained model takes anew
     Model.Config                         dataclass of its settings, torch-free, in a module of its own
     Model.fitted(config, store) -> Model  a new one, its scales and tables taken from a training store
     model(batch, draw) -> {"loss": ..., ...}  means over the batch's crystals; DDP hooks only forward

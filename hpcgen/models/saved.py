@@ -44,6 +44,8 @@ def read_saved(path: Path, kind: str, device: torch.device | str = "cpu") -> dic
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder, want a checkpoint file") from None
     except OSError as fault:
         raise StorageError(f"{path}: cannot read ({fault.strerror or fault})") from fault
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as fault:

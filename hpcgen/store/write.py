@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 SHARD_ROWS = 16384  # crystals of a shard: about 5 MB in float64, 15 MB with edges of 6 Å
-_LONGEST_TEXT = 4096  # bytes of an id or of a value of a str column: they are kept at fixed width
+LONGEST_TEXT = 4096  # bytes of an id or of a value of a str column: they are kept at fixed width
 
 
 def write_shard(path: Path, rows: Rows, head: Head, *, name: str, split: str) -> ShardInfo:
@@ -210,9 +210,9 @@ def _encode_text(texts: list[str], ids: Sequence[str], what: str) -> np.ndarray:
             data = text.encode("utf-8")
         except UnicodeEncodeError as fault:
             raise InputError(f"{ids[at]!r}: {what} cannot be written as UTF-8") from fault
-        if len(data) > _LONGEST_TEXT or b"\0" in data or (what == "id" and not data):
-            told = f"{len(data)} bytes" if len(data) > _LONGEST_TEXT else repr(text)
-            wish = f"1 to {_LONGEST_TEXT} bytes without NUL" if what == "id" else f"at most {_LONGEST_TEXT}, no NUL"
+        if len(data) > LONGEST_TEXT or b"\0" in data or (what == "id" and not data):
+            told = f"{len(data)} bytes" if len(data) > LONGEST_TEXT else repr(text)
+            wish = f"1 to {LONGEST_TEXT} bytes without NUL" if what == "id" else f"at most {LONGEST_TEXT}, no NUL"
             raise InputError(f"{str(ids[at])[:80]}: {what} is {told}, want {wish}")
         encoded.append(data)
     return np.array(encoded, dtype=np.bytes_) if encoded else np.empty(0, dtype="S1")

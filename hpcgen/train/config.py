@@ -39,7 +39,7 @@ class TrainConfig:
     out: str = ""  # run folder; the same command on an existing one goes on from its newest checkpoint
     model: str = "autoperi"
     seed: int = 0  # decides first weights, order and noise
-    init: str = ""  # a trained model (best.pt) to begin with: its weights and all that it took from its store
+    init: str = ""  # a trained model (best.pt) to begin with: its weights and scales
     conditions: list[str] = field(default_factory=list)  # columns of the store
     split: str = "train"  # of the store
     validation_split: str = "val"

@@ -142,7 +142,7 @@ def refuse_changes(path: Path, content: dict[str, Any], config: TrainConfig, dat
 
 
 def begin_with(path: Path, config: TrainConfig, state: State) -> None:
-    """Take the weights of a trained model, and what it took from its own store, into a new run.
+    """Take the weights of a trained model, and the scales it took from its own store, into a new run.
 
     Raises InputError for a file that holds no such model; UsageError where the model's settings differ, unaccepted.
     """
@@ -158,9 +158,11 @@ def begin_with(path: Path, config: TrainConfig, state: State) -> None:
                 f"{path}: made with {config.model}.{name} = {old[name]}, now {new[name]}: "
                 f"add accept=[{words}] to begin with it all the same"
             )
-    same_shapes(path, content["weights"], state.model)
-    state.model.load_state_dict(content["weights"])
-    state.ema.load_state_dict(content["weights"])
+    own = {name: state.model.state_dict()[name] for name in getattr(state.model, "TABLES", ())}
+    weights = {**content["weights"], **own}
+    same_shapes(path, weights, state.model)
+    state.model.load_state_dict(weights)
+    state.ema.load_state_dict(weights)
     log.info("%s: beginning with its weights", path)
 
 
