@@ -166,7 +166,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _add_campaign(verbs: argparse._SubParsersAction) -> None:
-    from hpcgen.campaign.config import DEVICES, PRECISIONS, SAMPLING, CampaignConfig
+    from hpcgen.campaign.config import DEVICES, PRECISIONS, CampaignConfig
 
     default = CampaignConfig()
     campaign = verbs.add_parser(
@@ -196,16 +196,14 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
 
     how = campaign.add_argument_group("how to make it")
     add = how.add_argument
-    for name, kind, meaning in (
-        ("steps", int, "calls of the network"),
-        ("churn", float, "noise added before each step, in steps; 0: deterministic"),
-        ("speed", float, "coordinates move 1 + speed (1 - t) times as far"),
+    add("--steps", type=int, default=default.steps, metavar="N", help="calls of the network (default: %(default)s)")
+    for name, meaning in (
+        ("churn", "noise added before each step, in steps; 0: deterministic"),
+        ("speed", "coordinates move 1 + speed (1 - t) times as far"),
+        ("guidance", "1: as trained; more: closer to conditions and elements asked for"),
     ):
-        free, given = (SAMPLING[task][name] for task in ("generate", "predict"))
-        told = f"{meaning} (default: {free}, with formulas {given})"
-        add(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=told)
-    add("--guidance", type=float, default=default.guidance, metavar="X",
-        help="1: as trained; more: closer to conditions and elements asked for (default: %(default)s)")  # fmt: skip
+        told = f"{meaning} (default: %(default)s)"
+        add(f"--{name}", type=float, default=getattr(default, name), metavar="X", help=told)
     add("--precision", choices=PRECISIONS, default=default.precision, help="(default: %(default)s)")
     add("--device", choices=DEVICES, default=default.device, help="(default: %(default)s)")
     add("--tile", type=int, default=0, metavar="T", help="crystals always sampled together (default: by device)")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,6 @@ PRELOAD = ("hpcgen.campaign.blocks",)  # what workers import once, before they a
 DEVICES = ("auto", "cpu", "cuda")
 PACKAGED = Path(__file__).resolve().parent.parent / "models" / "checkpoints" / "autoperi.pt"
 MOST_ATOMS = 2**14  # of a crystal: no more have a noise of their own
-# chosen by what the packaged model reached on validation crystals (hpcgen/models/checkpoints/autoperi.md)
-SAMPLING: dict[str, dict[str, Any]] = {
-    "generate": {"steps": 50, "churn": 1.0, "speed": 3.0},
-    "predict": {"steps": 30, "churn": 0.0, "speed": 5.0},
-}
 TILE = {"cpu": 256, "cuda": 4096}  # some 50 and 800 crystals of similar size side by side
 PAIRS = {"cpu": 2**14, "cuda": 2**21}  # 40 and 5,000 crystals of 20 atoms
 BLOCK = 8192  # most crystals of a block, unless it is asked for: some 30 MB at work, 1 MB on disk
@@ -47,9 +42,9 @@ class CampaignConfig:
     conditions: dict[str, float] = field(default_factory=dict)
     elements: str = ""  # chemical system, as Li-P-S
     num_atoms: str = ""  # 12, or 4-20; the sizes of the training crystals
-    steps: int | None = None  # these three: as SAMPLING has them for the task
-    churn: float | None = None
-    speed: float | None = None
+    steps: int = 25  # this and the next two: chosen with the packaged model, see models/checkpoints/autoperi.md
+    churn: float = 0.5
+    speed: float = 5.0
     guidance: float = 1.0
 
     precision: str = "float32"
@@ -64,15 +59,6 @@ class CampaignConfig:
     def task(self) -> str:
         """generate, or predict where compositions are given."""
         return "predict" if self.formula or self.formulas else "generate"
-
-    def with_sampling(self) -> "CampaignConfig":
-        """The same with steps, churn and speed filled in."""
-        told = {name: value for name, value in SAMPLING[self.task].items() if getattr(self, name) is None}
-        return replace(self, **told)
-
-    def sampling(self) -> dict[str, Any]:
-        """How the model is to sample, once that is filled in."""
-        return {name: getattr(self, name) for name in ("steps", "churn", "speed", "guidance")}
 
     @property
     def asked(self) -> int:

@@ -81,7 +81,7 @@ def _resolved(
             )
     kind = device.type
     resolved = dataclasses.replace(
-        config.with_sampling(),
+        config,
         n=n,
         elements="-".join(SYMBOLS[number] for number in config.system()),
         checkpoint=str(checkpoint),

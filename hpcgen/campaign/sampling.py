@@ -88,7 +88,10 @@ class Sampler:
             self._there(species),
             conditions=dict(config.conditions),
             elements=config.system(),
-            **config.sampling(),
+            steps=config.steps,
+            churn=config.churn,
+            speed=config.speed,
+            guidance=config.guidance,
         )
         with _precision(config, self.device):
             return self.model.sample(request, self.draw, go_on).to(dtype=torch.float32)
