@@ -249,6 +249,7 @@ def test_where(run: Path, where: str, wanted: list[int] | None) -> None:
         ("", "syntax"),
         ("\0", "null"),
         ("(" * 500 + "1" + ")" * 500, "too many nested"),
+        ("num_atoms" + "+1" * 900 + " > 1", "too many nested"),
         ("not " * 400 + "stable", ""),
         ("band_gap > " + "1" * 3000, "characters"),
         ("band_gap + " + "9" * 400 + " > 1", "too large"),
@@ -336,6 +337,34 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "is not empty" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert cli.main([*words, "--out", str(tmp_path / "empty")]) == 0
+
+
+@pytest.mark.parametrize("format", ["cif", "store"])
+@pytest.mark.parametrize("kind", [".", "link", "link to nothing"])
+def test_an_empty_folder_is_filled_and_stays(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, format: str
+) -> None:
+    folder = tmp_path / "there"
+    if kind != "link to nothing":
+        folder.mkdir()
+        (folder / ".export-there.1-x.draft").mkdir()  # of a killed one
+        monkeypatch.chdir(folder)
+        before = folder.stat().st_ino
+    (tmp_path / "link").symlink_to(folder)
+    out = "." if kind == "." else str(tmp_path / "link")
+    assert cli.main(["export", str(run), "--format", format, "--out", out]) == 0
+    assert len(list(folder.glob("[!.]*"))) == {"cif": 8, "store": 2}[format]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "run", "there"]
+    assert (tmp_path / "link").is_symlink()
+    if kind != "link to nothing":
+        assert folder.stat().st_ino == before, "a shell in that folder would see nothing"
+        assert cli.main(["export", str(run), "--format", format, "--out", out]) == 2
+
+
+def test_a_link_to_itself(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert cli.main(["export", str(run), "--format", "cif", "--out", str(tmp_path / "loop")]) in (2, 7)
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

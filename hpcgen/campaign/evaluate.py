@@ -12,7 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hpcgen.campaign.measure import MeasureBlock, Pairs, control_rows, header, pairs_by_composition, pairs_by_target
+from hpcgen.campaign.measure import MeasureBlock, control_rows, header
+from hpcgen.campaign.pairs import INDEX, Pairs, campaign_of, lines_of, pair
 from hpcgen.errors import InputError, TooManyFailed, UsageError
 from hpcgen.files import make_folder, whole, write_json
 from hpcgen.metrics.match import Comparison
@@ -74,16 +75,16 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
     out = out or request.run / "evaluate" / f"{request.task}.json"
     if out.suffix == ".csv" or out.is_dir():
         raise UsageError(f"--json {out}: want the name of a JSON file; the table goes beside it as CSV")
-    run = Store(request.run, dtype=None)
+    written = _written(request.run)
     reference = Store(request.reference, request.split, dtype=None) if request.reference else None
-    counts = _counts(request, len(run))
+    counts = _counts(request, written)
     making = _making(request, counts)
     work = out.with_name(f"{out.stem}.{making['hash']}.work")
     if not work.exists() and (found := _finished(out, making["hash"])) is not None:
         return found if team.rank == 0 else None
     make_folder(work)
     with StopFlag() as stop, Lease.take(work, team) as lease:
-        blocks = _measure(request, run, reference, counts.written, work, lease, stop, processes)
+        blocks = _measure(request, reference, counts, work, lease, stop, processes)
 
         def finish(draft: Path) -> None:
             _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", _token(lease))
@@ -91,8 +92,7 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
             write_json(draft, {"done": True})
 
         once(work / "done.json", finish, lease=lease, stop=stop)
-        leader = team.rank == 0 or not lease.others_alive()
-        while leader and lease.others_alive():  # they may still look for a file that is cleared up below
+        while (leader := lease.leads()) and lease.others_alive():  # they may still look for what is cleared up below
             stop.check()
             time.sleep(0.05)
     if not leader:
@@ -109,6 +109,7 @@ class _Counts:
     written: int
     rejected: dict[str, int]
     note: str = ""
+    lines: int | None = None  # compositions that a campaign was asked for; None: no such campaign
 
 
 def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> dict[str, Any]:
@@ -116,8 +117,10 @@ def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> di
     table, paired, control = Table(_read(table_file)), None, None
     figures = {"validity": validity_figures(table, counts.asked)}
     if request.task == "predict":
-        figures |= predict_figures(table, counts.asked)
-        paired = Pairs.load(work / "pairs.npz").by
+        pairs = Pairs.load(work / "pairs.npz")
+        lost = dict(zip(pairs.lost.tolist(), pairs.lost_valid.tolist(), strict=True))
+        figures |= predict_figures(table, counts.asked, counts.lines, lost)
+        paired = pairs.by
     else:
         figures |= generate_figures(table)
     if request.reference is not None:
@@ -139,19 +142,19 @@ def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> di
 
 def _measure(
     request: Request,
-    run: Store,
     reference: Store | None,
-    count: int,
+    counts: _Counts,
     work: Path,
     lease: Lease,
     stop: StopFlag,
     processes: int | None,
 ) -> list[Block]:
     """Control, pairs and the blocks of the table, in `work`."""
-    split = request.split
+    split, count = request.split, counts.written
     pairs = work / "pairs.npz" if request.task == "predict" else None
     if pairs is not None and reference is not None:
-        once(pairs, lambda draft: _pairs(request, run, reference, count).save(draft), lease=lease, stop=stop)
+        once(pairs, lambda draft: pair(request.pair, request.run, reference, count, counts.asked).save(draft),
+             lease=lease, stop=stop)  # fmt: skip
     if reference is not None:
         once(work / "control.json", lambda draft: write_json(draft, _control(reference, request.seed)), lease=lease,
              stop=stop)  # fmt: skip
@@ -175,11 +178,6 @@ def rows_per_block(count: int, predicts: bool) -> int:
     return min(max(count // 512, least), most)
 
 
-def _pairs(request: Request, run: Store, reference: Store, count: int) -> Pairs:
-    pair = request.pair or ("target" if "target" in run.columns else "composition")
-    return {"target": pairs_by_target, "composition": pairs_by_composition}[pair](run, reference, count)
-
-
 def _control(reference: Store, seed: int) -> dict[str, Any]:
     """Validity of some crystals of the reference, and of the same with random coordinates."""
     tables = {
@@ -188,6 +186,12 @@ def _control(reference: Store, seed: int) -> dict[str, Any]:
     }
     many = len(tables["real"])
     return {"crystals": many, "seed": seed, **{kind: validity_figures(table, many) for kind, table in tables.items()}}
+
+
+def _written(run: Path) -> int:
+    """Crystals of a store. Raises InputError if there are none and no campaign says why."""
+    count = sum(shard.crystals for shard in read_manifest(run).shards)
+    return count if count or (run / "summary.json").exists() else len(Store(run))
 
 
 def _counts(request: Request, written: int) -> _Counts:
@@ -205,11 +209,20 @@ def _counts(request: Request, written: int) -> _Counts:
             f"{file}: {asked} crystals asked for are not the {written} of the store and {sum(rejected.values())} "
             "rejected ones; let the campaign finish"
         )
+    campaign = campaign_of(request.run) if request.task == "predict" or request.limit else None
+    lines = lines_of(campaign)
     if request.limit is None or request.limit >= written:
-        return _Counts(asked, written, rejected)
-    share = -(-asked * request.limit // written)  # rejected ones count in proportion, rounded up
+        return _Counts(asked, written, rejected, lines=lines)
     note = f"the first {request.limit:,} of {written:,} crystals written, of {asked:,} asked"
-    return _Counts(share, request.limit, {"in-proportion": share - request.limit} if rejected else {}, note)
+    if campaign is not None:
+        first = int(Store(request.run).column(INDEX).values[request.limit - 1]) + 1  # asked for, down to the last one
+        return _Counts(first, request.limit, _if_any("for-any-reason", first - request.limit), note, lines)
+    share = -(-asked * request.limit // written)  # rejected ones count in proportion, rounded up
+    return _Counts(share, request.limit, _if_any("in-proportion", share - request.limit), note)
+
+
+def _if_any(reason: str, count: int) -> dict[str, int]:
+    return {reason: count} if count else {}
 
 
 def _named(request: Request) -> str | None:

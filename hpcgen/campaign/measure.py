@@ -1,8 +1,6 @@
 """Metrics of every crystal, block by block: one row of a table per crystal with every flag and value."""
 
 import csv
-import itertools
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,19 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from hpcgen.crystal.composition import formula_key, reduced_formula
+from hpcgen.campaign.pairs import Pairs
+from hpcgen.crystal.composition import reduced_formula
 from hpcgen.crystal.crystals import Crystals
-from hpcgen.errors import InputError
 from hpcgen.metrics.charge_balance import charge_balanced
 from hpcgen.metrics.match import Comparison, Match
 from hpcgen.metrics.validity import random_coordinates, validity
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.worker import Cursor
-from hpcgen.store.arrays import pointers
 from hpcgen.store.read import Store
 
 OWN = ("id", "formula", "num_atoms", "volume_per_atom", "distances", "distances_with_images", "radii", "composition")
-PAIRED = ("asked_for", "sample", "target", "target_valid", "candidates", "matched", "rms", "matched_strict")
+PAIRED = ("asked_for", "line", "sample", "target", "target_valid", "candidates", "matched", "rms", "matched_strict")
 NO_TARGET = "no-target"
 _ODD = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError)  # pymatgen's on odd cells
 
@@ -62,82 +59,6 @@ def control_rows(reference: Store, count: int, seed: int) -> Iterator[tuple[str,
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Which crystals of the reference each of N generated ones is compared with."""
-
-    by: str  # in words
-    asked_for: np.ndarray  # (N,) str: the id of the target, or formula and number of atoms
-    sample: np.ndarray  # (N,) int64: how many before it were asked for the same
-    ptr: np.ndarray  # (N + 1,) int64: first candidate of each, and the end
-    candidates: np.ndarray  # (C,) int64: places in the reference
-
-    def save(self, draft: Path) -> None:
-        """Write the file that workers read."""
-        with draft.open("wb") as file:
-            np.savez(file, **vars(self))
-
-    @staticmethod
-    def load(path: Path) -> "Pairs":
-        """What `save` wrote."""
-        with np.load(path) as known:
-            return Pairs(str(known["by"]), *(known[name] for name in ("asked_for", "sample", "ptr", "candidates")))
-
-
-def pairs_by_target(run: Store, reference: Store, count: int) -> Pairs:
-    """Each of the first `count` crystals with the one of the reference whose id stands in its column `target`.
-
-    Raises InputError if none of them is in the reference.
-    """
-    column = run.column("target")
-    targets = np.where(column.missing, "", column.values)[:count].astype(str)
-    place = {id: at for at, id in enumerate(reference.ids)}
-    found = np.array([place.get(id, -1) for id in targets.tolist()], dtype=np.int64)
-    if not (found >= 0).any():
-        raise InputError(
-            f"{run.path}: no target is a crystal of {reference.path}"
-            f"{f', split {reference.split}' if reference.split else ''}; the first is {targets[0]!r}"
-        )
-    return Pairs("by target id", targets, _ordinals(targets), pointers(found >= 0), found[found >= 0])
-
-
-def pairs_by_composition(run: Store, reference: Store, count: int) -> Pairs:
-    """Each of the first `count` crystals with every one of the reference of its reduced composition and size.
-
-    Raises InputError if there is none for any of them.
-    """
-    known = defaultdict(list)
-    for at, key in enumerate(_compositions(reference)):
-        known[key].append(at)
-    asked_for = list(itertools.islice(_compositions(run), count))
-    found = [known.get(key, []) for key in asked_for]
-    if not any(found):
-        raise InputError(
-            f"{run.path}: no crystal has the composition and the number of atoms of one of {reference.path}; "
-            f"the first is {run.ids[0]!r}, {asked_for[0]}"
-        )
-    names = np.array(asked_for)
-    flat = np.array(list(itertools.chain.from_iterable(found)), dtype=np.int64)
-    by = "by reduced composition and number of atoms, with every such crystal of the reference, the nearest counting"
-    return Pairs(by, names, _ordinals(names), pointers(np.array([len(some) for some in found])), flat)
-
-
-def _compositions(store: Store) -> Iterator[str]:
-    for rows in Store(store.path, store.split, columns=[]).iter_rows():
-        for numbers in rows.crystals.atomic_numbers.split(rows.crystals.num_atoms.tolist()):
-            yield f"{formula_key(numbers)}, {len(numbers)} atoms"
-
-
-def _ordinals(names: np.ndarray) -> np.ndarray:
-    """How many equal names stand before each. (N,) -> (N,) int64."""
-    _, group = np.unique(names, return_inverse=True)
-    order = np.argsort(group, kind="stable")
-    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    ordinals = np.empty(len(names), dtype=np.int64)
-    ordinals[order] = np.arange(len(names)) - np.repeat(starts, np.diff([*starts, len(names)]))
-    return ordinals
-
-
-@dataclass(frozen=True)
 class MeasureBlock:
     """Work of the runner: the rows of the table for one block of crystals, as CSV without a header."""
 
@@ -168,7 +89,8 @@ class MeasureBlock:
         valid = validity(targets.crystals).distances
         for at, value in enumerate(values):
             places = range(first[at] - first[0], first[at + 1] - first[0])
-            value.update(asked_for=pairs.asked_for[start + at], sample=pairs.sample[start + at], candidates=len(places))
+            value.update({name: getattr(pairs, name)[start + at] for name in ("asked_for", "line", "sample")})
+            value["candidates"] = len(places)
             nearest, match = self._nearest(crystals[at], targets.crystals, places, value, at, cursor)
             if nearest is not None:
                 value["target"] = targets.ids[nearest]

@@ -26,10 +26,15 @@ DEFINITIONS = {
     "samples of a target; rejected and not compared ones count as not matched",
     "match_rate_valid": "only valid predictions count as matched (CDVAE), over all asked",
     "match_rate_both_valid": "only where prediction and target are valid (DiffCSP), over all asked",
-    "ceiling": "share of crystals asked for whose target is valid: the most that match_rate_both_valid can be",
+    "ceiling": "crystals asked for whose target is valid: the most that match_rate_both_valid can be; over all asked, "
+    "but for those rejected of which it is not known what they asked for",
     "match_rate_strict": "matched within the stricter tolerances too, over all asked",
     "rms": "mean over the matched of the root mean square distance in units of (V/N)^(1/3)",
-    "first": "the first sample written of each target, over targets",
+    "targets": "of a campaign the lines of its formulas, crystal i being of line i modulo their number; of any other "
+    "store the names it holds, or, where crystals were rejected, asked over the most crystals of one name if that is "
+    "more: an estimate",
+    "first": "sample 0 of each target, which matches nothing if it was rejected, over targets; of a store that is no "
+    "campaign's the first one written",
     "best": "targets matched by any of their samples, over targets, and the mean of their lowest rms",
     "by_num_atoms": "of the crystals written, rejected ones having no size",
 }
@@ -41,23 +46,24 @@ class Table:
 
     def __init__(self, rows: Iterable[Mapping[str, str]]) -> None:
         """rows: as they stand in the CSV file, flags as 1 and 0, '' where there is no value."""
-        sizes, flags, rms, asked_for = [], [], [], []
+        sizes, flags, rms, lines, samples = [], [], [], [], []
         self.formulas: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
-        numbers: dict[str, int] = {}
         for row in rows:
             sizes.append(int(row["num_atoms"]))
             flags.append(_packed(row))
             self.formulas[row["formula"]] += 1
             if row["reason"]:
                 self.reasons[row["reason"].partition(":")[0]] += 1
-            if "asked_for" in row:
+            if "line" in row:
                 rms.append(float(row["rms"] or "nan"))
-                asked_for.append(numbers.setdefault(row["asked_for"], len(numbers)))
+                lines.append(int(row["line"]))
+                samples.append(int(row["sample"]))
         self.num_atoms = np.array(sizes, dtype=np.int64)
         self._flags = np.array(flags, dtype=np.uint8)
         self.rms = np.array(rms)  # NaN where not matched
-        self.asked_for = np.array(asked_for, dtype=np.int64)
+        self.line = np.array(lines, dtype=np.int64)  # number of the target
+        self.sample = np.array(samples, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.num_atoms)
@@ -82,30 +88,37 @@ def validity_figures(table: Table, asked: int) -> dict[str, Any]:
 
 
 def generate_figures(table: Table) -> dict[str, Any]:
-    """Of free generation."""
+    """Of free generation. Without a crystal all are 0."""
+    sizes = table.num_atoms if len(table) else np.zeros(1, dtype=np.int64)
     return {
         "formulas": len(table.formulas),
         "unique_formulas": _ratio(len(table.formulas), len(table)),
         "num_atoms": {
-            "min": int(table.num_atoms.min()),
-            "mean": round(float(table.num_atoms.mean()), 3),
-            "max": int(table.num_atoms.max()),
+            "min": int(sizes.min()),
+            "mean": round(float(sizes.mean()), 3),
+            "max": int(sizes.max()),
             "counts": {str(n): count for n, count in sorted(Counter(table.num_atoms.tolist()).items())},
         },
     }
 
 
-def predict_figures(table: Table, asked: int) -> dict[str, Any]:
-    """Of structure prediction."""
+def predict_figures(
+    table: Table, asked: int, lines: int | None = None, lost: Mapping[int, bool] | None = None
+) -> dict[str, Any]:
+    """Of structure prediction.
+
+    lines: L targets that a campaign was asked for, crystal i being of i % L; None: not known. lost: of targets without
+    a crystal in the table, whether they are valid, where that is known.
+    """
     matched, valid = ~np.isnan(table.rms), table.flag("valid")
     both = valid & table.flag("target_valid")
     return {
         "match_rate": _matches(table.rms, matched, asked),
         "match_rate_valid": _matches(table.rms, matched & valid, asked),
         "match_rate_both_valid": _matches(table.rms, matched & both, asked),
-        "ceiling": _ratio(int(table.flag("target_valid").sum()), len(table)),
+        "ceiling": _ceiling(table, asked, lines, lost or {}),
         "match_rate_strict": _share(int(table.flag("matched_strict").sum()), asked),
-        **_per_target(table, asked),
+        **_per_target(table, asked, lines),
         "by_num_atoms": [
             {
                 "atoms": [low, min(high, int(table.num_atoms.max()))],
@@ -117,19 +130,35 @@ def predict_figures(table: Table, asked: int) -> dict[str, Any]:
     }
 
 
-def _per_target(table: Table, asked: int) -> dict[str, Any]:
-    """k samples a target; targets of which every sample was rejected are counted as asked / k tells."""
-    targets, first, counts = np.unique(table.asked_for, return_index=True, return_counts=True)
-    k = int(counts.max())
-    count = max(len(targets), round(asked / k))
-    lowest = np.full(len(targets), np.inf)
-    np.fmin.at(lowest, table.asked_for, np.nan_to_num(table.rms, nan=np.inf))
-    first_rms = table.rms[first]
+def _ceiling(table: Table, asked: int, lines: int | None, lost: Mapping[int, bool]) -> dict[str, Any]:
+    """Crystals asked for whose target is valid, of those whose target is known."""
+    target_valid = table.flag("target_valid")
+    if lines is None:  # nobody knows what rejected ones were asked to be
+        return _share(int(target_valid.sum()), len(table))
+    valid = {*table.line[target_valid].tolist(), *(line for line, is_valid in lost.items() if is_valid)}
+    known = {*table.line.tolist(), *lost}
+    count, of = (sum(-(-(asked - line) // lines) for line in some) for some in (valid, known))
+    return _share(count, of)
+
+
+def _per_target(table: Table, asked: int, lines: int | None) -> dict[str, Any]:
+    """First and best of the samples of each target, and how many targets there are, as DEFINITIONS has it."""
+    met, counts = np.unique(table.line, return_counts=True)
+    if lines is not None:
+        targets, k, how = min(lines, asked), -(-asked // lines), "lines of the campaign"
+    else:
+        k = int(counts.max(initial=1))
+        targets = max(len(met), round(asked / k))
+        how = "names in the store" if asked == len(table) else f"estimated: {asked:,} asked, at most {k} of each"
+    lowest = np.full(targets, np.inf)
+    np.fmin.at(lowest, table.line, table.rms)
+    first = table.rms[table.sample == 0]
     return {
-        "targets": count,
+        "targets": targets,
+        "targets_how": how,
         "samples_per_target": k,
-        "first": _matches(first_rms, ~np.isnan(first_rms), count),
-        "best": _matches(lowest, np.isfinite(lowest), count),
+        "first": _matches(first, ~np.isnan(first), targets),
+        "best": _matches(lowest, np.isfinite(lowest), targets),
     }
 
 
@@ -156,7 +185,7 @@ def render(told: Mapping[str, Any]) -> str:
         ("written", f"{told['written']:,}" + (f"; rejected: {lost}" if lost else "")),
     ]
     if told["task"] == "predict":
-        head.append(("paired", told["paired"]))
+        head += [("paired", told["paired"]), ("targets", f"{figures['targets']:,} ({figures['targets_how']})")]
     if told["not_measured"]:
         head.append(("not compared", ", ".join(f"{n:,} {reason}" for reason, n in told["not_measured"].items())))
     lines = [f"{name:<13} {value}" for name, value in head]
@@ -167,7 +196,8 @@ def render(told: Mapping[str, Any]) -> str:
         atoms = figures["num_atoms"]
         unique = f"{figures['formulas']:,} distinct, {_percent(figures['unique_formulas'])} of written"
         lines += ["", f"{'formulas':<13} {unique}"]
-        lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {atoms['mean']:.2f}")
+        if told["written"]:
+            lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {atoms['mean']:.2f}")
     return "\n".join(lines)
 
 
@@ -208,7 +238,9 @@ def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
         [f"{part['rms']:.4f}" if part.get("rms") is not None else "–" for _, part in rows],
     ]
     lines = _aligned("matched", [name for name, _ in rows], ["count", "of", "share", "RMSE"], columns)
-    return [*lines, f"{_percent(figures['ceiling'])} of the targets are valid: the most that DiffCSP's rate can be"]
+    ceiling = figures["ceiling"]
+    valid = f"{_percent(ceiling['share'])} of {ceiling['of']:,} have a valid target"
+    return [*lines, f"{valid}: the most that DiffCSP's rate can be"]
 
 
 def _aligned(title: str, names: Sequence[str], heads: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str]:

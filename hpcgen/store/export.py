@@ -19,6 +19,7 @@ from hpcgen.crystal.composition import reduced_formula
 from hpcgen.errors import InputError, UsageError
 from hpcgen.files import DRAFT, make_folder, storage_faults
 from hpcgen.store import formats
+from hpcgen.store.layout import MANIFEST
 from hpcgen.store.read import Store
 from hpcgen.store.rows import Rows
 from hpcgen.store.where import Condition, named
@@ -28,6 +29,8 @@ _LOG = logging.getLogger(__name__)
 FORMATS = ("cif", "extxyz", "poscar", "json", "csv", "store")
 MOST_FILES = 10_000  # of one folder: more is slow to list and unwelcome on shared file systems
 CHUNK = 1024  # crystals in memory at a time
+_WITHIN = ".export-"  # a draft within the folder it is to fill
+_LAST = ("index.csv", MANIFEST)  # they say that all else is there
 LONGEST_NAME = 120  # characters of a file name
 Write = Callable[[Rows], None]
 
@@ -59,11 +62,12 @@ class Request:
 
 
 def export(request: Request) -> int:
-    """Write the chosen crystals into the folder `out`, which appears whole or not at all; how many they are.
+    """Write the chosen crystals into the folder `out`, which appears whole or stays as it was; how many they are.
 
     cif, poscar: a file each, and index.csv; extxyz, json, csv: one file; store: another store, splits and edges kept.
     Memory stays flat but for a file each. Raises UsageError, InputError if there is no crystal to write, StorageError.
     """
+    request = replace(request, out=_resolved(request.out))
     _refuse_taken(request.out)
     if request.format == "store":
         return _export_store(request)
@@ -135,23 +139,45 @@ def _order(keys: np.ndarray, descending: bool) -> np.ndarray:
     return np.argsort(-rank if descending else rank, kind="stable")
 
 
+def _resolved(out: Path) -> Path:
+    """With a name of its own, which '.' lacks, and where a link points to."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as fault:  # a link to itself; the folder we are in is gone
+        raise UsageError(f"--out {out}: {getattr(fault, 'strerror', None) or fault}") from None
+
+
 def _refuse_taken(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out}: is a file, want a new or empty folder")
     with storage_faults(out):
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and any(not _is_draft(entry.name) for entry in out.iterdir()):
             raise UsageError(f"--out {out}: is not empty; want a new or empty folder")
+
+
+def _is_draft(name: str) -> bool:
+    """Of an export that was killed."""
+    return name.startswith(_WITHIN) and name.endswith(DRAFT)
 
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """Yield a draft folder beside `out`; put it in place only if all went well."""
-    draft = out.with_name(f"{out.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{DRAFT}")
+    """Yield a draft folder; put it in place only if all went well.
+
+    An empty folder that is there stays: it may be the one we are in, or where a disk is mounted. It is filled from a
+    draft within, which takes a moment, the table of a folder of files and the manifest of a store last.
+    """
+    name, there = f"{out.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{DRAFT}", out.is_dir()
+    draft = out / f"{_WITHIN}{name}" if there else out.with_name(name)
     make_folder(draft)
     try:
         with storage_faults(out):
             yield draft
-            draft.replace(out)
+            if there:
+                for entry in sorted(draft.iterdir(), key=lambda entry: (entry.name in _LAST, entry.name)):
+                    entry.replace(out / entry.name)
+            else:
+                draft.replace(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

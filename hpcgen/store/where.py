@@ -68,6 +68,8 @@ class Condition:
             found = _Evaluation(rows, self.columns).term(self._tree)
         except _Fault as fault:
             raise UsageError(f"--where {self.text!r}: {fault}") from None
+        except RecursionError:
+            raise UsageError(f"--where {self.text[:80]!r}…: too many nested operations; want fewer terms") from None
         if found.kind != "yes or no":
             raise UsageError(f"--where {self.text!r}: is a {found.kind}, want a condition, as band_gap > 1")
         return np.broadcast_to(np.asarray(found.values, dtype=bool) & ~np.asarray(found.missing), len(rows)).copy()
