@@ -85,6 +85,7 @@ def _resolved(
         n=n,
         elements="-".join(SYMBOLS[number] for number in config.system()),
         checkpoint=str(checkpoint),
+        formulas=str(Path(config.formulas).resolve()) if config.formulas else "",
         checkpoint_sha256=sha256,
         targets_sha256=targets.sha256 if targets is not None else "",
         device=kind,
