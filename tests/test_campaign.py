@@ -193,9 +193,16 @@ def test_kills_at_random_moments_cost_nothing(checkpoint: Path, tmp_path: Path) 
     assert_same_files(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.slow
 @pytest.mark.mpi
-@pytest.mark.parametrize(("ranks", "kills"), [(0, 20), (3, 8)])
+@pytest.mark.parametrize(
+    ("ranks", "kills"),
+    [
+        pytest.param(0, 6, marks=pytest.mark.slow),
+        pytest.param(3, 4, marks=pytest.mark.slow),
+        pytest.param(0, 20, marks=pytest.mark.bench),
+        pytest.param(3, 20, marks=pytest.mark.bench),
+    ],
+)
 def test_kills_of_the_command_cost_nothing(checkpoint: Path, tmp_path: Path, ranks: int, kills: int) -> None:
     """SIGKILL to all processes of a launch, at random moments after the first of many blocks."""
     n, chance = 2000, random.Random(ranks)
