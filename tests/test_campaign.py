@@ -16,7 +16,7 @@ import torch
 from campaign_jobs import MOST, Launch, content, litter, make_checkpoint, rejected, run
 from store_rows import HEAD, rows
 
-from hpcgen.campaign.config import CampaignConfig
+from hpcgen.campaign.config import PACKAGED, CampaignConfig
 from hpcgen.campaign.pieces import Kept, Sampled, pieces
 from hpcgen.campaign.sampling import Sampler, size_chances
 from hpcgen.campaign.targets import targets_of
@@ -222,6 +222,14 @@ def test_kills_of_the_command_cost_nothing(checkpoint: Path, tmp_path: Path, ran
     code, said = Launch(checkpoint, out, n=n, ranks=ranks, **settings).end(300)
     assert code == 0, said
     assert_same_files(out, tmp_path / "whole")
+
+
+def test_the_packaged_checkpoint(tmp_path: Path) -> None:
+    assert PACKAGED.stat().st_size <= 12_000_000 and PACKAGED.with_suffix(".md").exists()
+    made = run(PACKAGED, tmp_path, n=16, steps=5, formula="Na4Cl4")
+    assert (made.asked, made.written) == (16, 16)
+    volume = Store(tmp_path).rows(range(16)).crystals.volume / 8
+    assert ((volume > 8) & (volume < 60)).all(), "Å³ an atom"
 
 
 # ---- sizes, compositions ---------------------------------------------------------------------------------------------
