@@ -5,6 +5,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture
+def threads_restored() -> Iterator[None]:
+    """What is tested sets the number of torch's threads; the tests after it get theirs back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that was never trained."""
+    from campaign_jobs import make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "model.pt")
 
 
 @pytest.fixture

@@ -31,19 +31,9 @@ from hpcgen.store.inspect import check, describe
 from hpcgen.store.read import Store
 from hpcgen.store.write import write_store
 
+pytestmark = pytest.mark.usefixtures("threads_restored")
+
 N = 100
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "model.pt")
 
 
 @pytest.fixture(scope="module")

@@ -25,19 +25,9 @@ from hpcgen.runner.board import keep_of
 from hpcgen.runner.worker import Cursor
 from hpcgen.store.read import Store
 
+pytestmark = pytest.mark.usefixtures("threads_restored")
+
 SMALL_DISK = "80k"
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "model.pt")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -96,7 +86,7 @@ def test_the_command_stops_with_75_and_goes_on(checkpoint: Path, tmp_path: Path)
 
 def test_a_piece_that_kills_its_worker_is_rejected(checkpoint: Path, tmp_path: Path) -> None:
     run(checkpoint, tmp_path / "whole", n=32)
-    config = generate._read_config(tmp_path / "whole")
+    config = generate.read_config(tmp_path / "whole")
     block = blocks_of(tmp_path, 32, 32)[0]
     cursor = Cursor([0, 0, 0, 0], lambda: None, keep_of(block.path))
     items: list[int] = []

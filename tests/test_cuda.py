@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from campaign_jobs import content, make_checkpoint, run
+from campaign_jobs import content, run
 from train_jobs import ENV, make_store
 
 from hpcgen.campaign.config import PACKAGED
@@ -17,11 +17,6 @@ from hpcgen.store.read import Store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = {"device": "cuda", "tile": 64, "block": 64, "steps": 10}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("model") / "model.pt")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])

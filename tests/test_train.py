@@ -40,6 +40,8 @@ from hpcgen.train.loop import backward, learning_rate, train
 from hpcgen.train.place import Place
 from hpcgen.train.state import State, average
 
+pytestmark = pytest.mark.usefixtures("threads_restored")
+
 TINY = ("model=autoperi", "batch.crystals=8", "steps=12", "lr=1e-3", "warmup=2", "log_every=1", "validate_every=4",
         "save_every_s=0", "bucket_cap_mb=0.01", "tensorboard=false", "threads=1", "timeout_s=120", "autoperi.width=32",
         "autoperi.heads=2", "autoperi.layers=2", "autoperi.pair_width=8", "autoperi.radial=4")  # fmt: skip
@@ -48,13 +50,6 @@ TINY = ("model=autoperi", "batch.crystals=8", "steps=12", "lr=1e-3", "warmup=2",
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("train") / "store")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- the same run ----------------------------------------------------------------------------------------------------

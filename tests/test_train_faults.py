@@ -32,19 +32,14 @@ from hpcgen.train.config import TrainConfig, load
 from hpcgen.train.place import Place, find_device, find_place, first_host
 from hpcgen.train.state import KIND, read_checkpoint
 
+pytestmark = pytest.mark.usefixtures("threads_restored")
+
 SMALL_DISK = "200k"
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_store(tmp_path_factory.mktemp("train") / "store")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=str)

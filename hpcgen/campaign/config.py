@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcgen.errors import UsageError
+from hpcgen.config import load_config
+from hpcgen.errors import InputError, UsageError
 
+CONFIG, SUMMARY = "config.yaml", "summary.json"  # of a run folder
 PRECISIONS = ("float32", "bf16", "fp16")
 PRELOAD = ("hpcgen.campaign.blocks",)  # what workers import once, before they are forked
 DEVICES = ("auto", "cpu", "cuda")
@@ -132,6 +134,14 @@ class CampaignConfig:
         """All that a crystal depends on beside its index. Of a resolved config."""
         told = {name: value for name, value in asdict(self).items() if name not in _FREE | _NO_CRYSTAL}
         return {"task": self.task, **told}
+
+
+def read_config(run: Path) -> CampaignConfig:
+    """The settings of the campaign in a run folder. Raises InputError."""
+    try:
+        return load_config(CampaignConfig, run / CONFIG).checked()
+    except UsageError as fault:
+        raise InputError(f"{run}: holds no campaign of this version of hpcgen ({fault})") from fault
 
 
 def read_conditions(words: Sequence[str]) -> dict[str, float]:

@@ -12,9 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hpcgen.campaign.config import SUMMARY
 from hpcgen.campaign.measure import MeasureBlock, control_rows, header
 from hpcgen.campaign.pairs import INDEX, Pairs, campaign_of, lines_of, pair
-from hpcgen.errors import InputError, TooManyFailed, UsageError
+from hpcgen.errors import InputError, UsageError
 from hpcgen.files import make_folder, whole, write_json
 from hpcgen.metrics.match import Comparison
 from hpcgen.metrics.summary import DEFINITIONS, Table, generate_figures, predict_figures, validity_figures
@@ -87,8 +88,8 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
         blocks = _measure(request, reference, counts, work, lease, stop, processes)
 
         def finish(draft: Path) -> None:
-            _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", _token(lease))
-            write_json(out, {**_told(request, counts, work, out.with_suffix(".csv")), **making}, token=_token(lease))
+            _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", lease.token)
+            write_json(out, {**_told(request, counts, work, out.with_suffix(".csv")), **making}, token=lease.token)
             write_json(draft, {"done": True})
 
         once(work / "done.json", finish, lease=lease, stop=stop)
@@ -163,12 +164,7 @@ def _measure(
               for number, start in enumerate(range(0, count, size))]  # fmt: skip
     work_on = MeasureBlock(request.run, size, (request.reference, split) if request.reference else None, pairs)
     how = How(processes, PRELOAD, request.pair_timeout_s, label="evaluating")
-    failed = run_blocks(blocks, work_on, lease=lease, stop=stop, how=how).failed
-    if failed:
-        raise TooManyFailed(
-            f"{request.run}: {len(failed)} of {len(blocks)} blocks failed, the first being "
-            f"{failed[0].block.path.name} ({failed[0].reason}); the same command tries them again"
-        )
+    run_blocks(blocks, work_on, lease=lease, stop=stop, how=how).refuse_failed(request.run, len(blocks))
     return blocks
 
 
@@ -191,12 +187,12 @@ def _control(reference: Store, seed: int) -> dict[str, Any]:
 def _written(run: Path) -> int:
     """Crystals of a store. Raises InputError if there are none and no campaign says why."""
     count = sum(shard.crystals for shard in read_manifest(run).shards)
-    return count if count or (run / "summary.json").exists() else len(Store(run))
+    return count if count or (run / SUMMARY).exists() else len(Store(run))
 
 
 def _counts(request: Request, written: int) -> _Counts:
     """What the campaign's summary says, cut to the limit. Raises InputError if it does not fit the store."""
-    file, asked, rejected = request.run / "summary.json", written, {}
+    file, asked, rejected = request.run / SUMMARY, written, {}
     if file.exists():
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
@@ -269,7 +265,3 @@ def _write_table(path: Path, blocks: list[Block], predicts: bool, token: str) ->
 def _read(table: Path) -> Iterator[dict[str, str]]:
     with table.open(encoding="utf-8", newline="") as file:
         yield from csv.DictReader(file)
-
-
-def _token(lease: Lease) -> str:
-    return f"{lease.team.token}-{lease.member}"

@@ -11,24 +11,32 @@ import numpy as np
 import torch
 
 from hpcgen.campaign.blocks import MakeBlock, blocks_of
-from hpcgen.campaign.config import BLOCK, PACKAGED, PAIRS, PRELOAD, TILE, CampaignConfig, refuse_changes
+from hpcgen.campaign.config import (
+    BLOCK,
+    CONFIG,
+    PACKAGED,
+    PAIRS,
+    PRELOAD,
+    TILE,
+    CampaignConfig,
+    read_config,
+    refuse_changes,
+)
 from hpcgen.campaign.sampling import load_once
 from hpcgen.campaign.summary import Summary, finish, is_finished
 from hpcgen.campaign.targets import Targets, targets_of
-from hpcgen.config import load_config, to_yaml
+from hpcgen.config import to_yaml
 from hpcgen.crystal.composition import SYMBOLS
-from hpcgen.errors import InputError, TooManyFailed, UsageError
+from hpcgen.errors import InputError, UsageError
 from hpcgen.files import append_json_line, write_whole
 from hpcgen.models.load import sampling_device
 from hpcgen.runner.blocks import How, once, run_blocks
 from hpcgen.runner.cores import slurm_cores, usable_cores
-from hpcgen.runner.lease import Lease
+from hpcgen.runner.lease import HOUSEKEEPING, Lease
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team, find_team
 
 log = logging.getLogger(__name__)
-CONFIG = "config.yaml"
-_OURS = ("lease", "heartbeat", "events.jsonl")
 
 
 def campaign(config: CampaignConfig) -> Summary | None:
@@ -51,13 +59,7 @@ def campaign(config: CampaignConfig) -> Summary | None:
                 _tell_plan(config, facts, targets, team, len(blocks))
             work = MakeBlock(config, targets, team.rank, team.token)
             how = How(_workers(config, team), PRELOAD, item_timeout_s=None, label="crystals")
-            outcome = run_blocks(blocks, work, lease=lease, stop=stop, how=how)
-            if outcome.failed:
-                first = outcome.failed[0]
-                raise TooManyFailed(
-                    f"{run}: {len(outcome.failed)} of {len(blocks)} blocks failed, the first being "
-                    f"{first.block.path.name} ({first.reason}); the same command tries them again"
-                )
+            run_blocks(blocks, work, lease=lease, stop=stop, how=how).refuse_failed(run, len(blocks))
             if team.rank and (not lease.leads() or is_finished(run, config, blocks)):
                 return None  # rank 0 does it, or has done it, unless it was lost
             return finish(run, config, blocks, lease, time.monotonic() - started)
@@ -124,35 +126,28 @@ def _refuse_other(run: Path, config: CampaignConfig) -> None:
     if not run.is_dir():
         raise UsageError(f"{run}: is a file, want a folder for the run")
     if (run / CONFIG).exists():
-        old = _read_config(run)
+        old = read_config(run)
         refuse_changes(old, config)
         if old.torch != config.torch:
             log.warning("%s: was begun with torch %s, this is %s: last bits may differ", run, old.torch, config.torch)
         return
-    foreign = sorted(e.name for e in run.iterdir() if e.name not in _OURS and not e.name.startswith(f"{CONFIG}."))
+    foreign = sorted(
+        e.name for e in run.iterdir() if e.name not in HOUSEKEEPING and not e.name.startswith(f"{CONFIG}.")
+    )
     if foreign:
         raise UsageError(f"{run}: holds {foreign[0]!r} and no campaign; want a new or empty folder with --out")
-
-
-def _read_config(run: Path) -> CampaignConfig:
-    try:
-        return load_config(CampaignConfig, run / CONFIG)
-    except UsageError as fault:
-        raise InputError(
-            f"{run}: holds no campaign of this version of hpcgen ({fault}); choose another --out"
-        ) from fault
 
 
 def _settle(run: Path, config: CampaignConfig, lease: Lease, stop: StopFlag) -> CampaignConfig:
     """Agree with the others, and with earlier launches, on the size of a block; put the config into the folder."""
     fresh = dataclasses.replace(config, block=config.block or _block_size(config, lease.team))
     once(run / CONFIG, lambda draft: draft.write_text(to_yaml(fresh), encoding="utf-8"), lease=lease, stop=stop)
-    old = _read_config(run)
+    old = read_config(run)
     refuse_changes(old, config)  # two launches may have begun at the same moment
     settled = dataclasses.replace(config, block=old.block)
     if lease.is_taker and settled.n != old.n:
         append_json_line(run / "events.jsonl", event="grown", before=old.n, n=settled.n)
-        write_whole(run / CONFIG, to_yaml(settled), token=f"{lease.team.token}-{lease.member}")
+        write_whole(run / CONFIG, to_yaml(settled), token=lease.token)
     return settled
 
 

@@ -8,28 +8,24 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcgen.campaign.config import CampaignConfig
+from hpcgen.campaign.config import CONFIG, CampaignConfig, read_config
 from hpcgen.campaign.targets import targets_of
-from hpcgen.config import load_config
 from hpcgen.crystal.composition import formula_key
-from hpcgen.errors import HpcgenError, InputError, UsageError
+from hpcgen.errors import HpcgenError, InputError
 from hpcgen.metrics.charge_balance import charge_balanced
 from hpcgen.metrics.validity import validity
 from hpcgen.store.arrays import pointers
 from hpcgen.store.layout import read_manifest
 from hpcgen.store.read import Store
 
-CONFIG, INDEX = "config.yaml", "index"  # of a campaign's run folder
+INDEX = "index"  # column of a campaign
 
 
 def campaign_of(run: Path) -> CampaignConfig | None:
     """The settings of the campaign that made a store; None for any other store. Raises InputError for broken ones."""
     if INDEX not in read_manifest(run).head.columns or not (run / CONFIG).exists():
         return None
-    try:
-        config = load_config(CampaignConfig, run / CONFIG).checked()
-    except UsageError as fault:
-        raise InputError(f"{run}: holds no campaign of this version of hpcgen ({fault})") from fault
+    config = read_config(run)
     if config.n is None or config.n % config.per_formula:
         raise InputError(f"{run / CONFIG}: n = {config.n}, want a multiple of per_formula = {config.per_formula}")
     return config

@@ -6,15 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpcgen.campaign.blocks import METRICS, head_of, leftovers, rejected_of
-from hpcgen.campaign.config import CampaignConfig
+from hpcgen.campaign.config import SUMMARY, CampaignConfig
 from hpcgen.errors import InputError
 from hpcgen.files import append_json_line, read_json_lines, write_json
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.owners import read_record
 from hpcgen.store.layout import ShardInfo, read_manifest, shard_info, write_manifest
-
-SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -65,9 +63,8 @@ def finish(run: Path, config: CampaignConfig, blocks: Sequence[Block], lease: Le
             f"{run}: {written} crystals and {rejected.total()} rejected ones are not {config.asked} in all"
         )
     lease.check()
-    token = f"{lease.team.token}-{lease.member}"
     if _listed(run) != shards:
-        write_manifest(run, head_of(config), shards, token=token)
+        write_manifest(run, head_of(config), shards, token=lease.token)
     for path in leftovers(run, blocks):
         path.unlink(missing_ok=True)
     lines = {line["block"]: line for line in read_json_lines(run / METRICS) if line.get("token") == lease.team.token}
@@ -89,7 +86,7 @@ def finish(run: Path, config: CampaignConfig, blocks: Sequence[Block], lease: Le
     )
     if sampled == 0 and is_finished(run, config, blocks):
         return summary  # what is there tells of the launch that made them
-    write_json(run / SUMMARY, asdict(summary), token=token)
+    write_json(run / SUMMARY, asdict(summary), token=lease.token)
     append_json_line(run / "events.jsonl", event="done", **asdict(summary))
     return summary
 

@@ -209,6 +209,7 @@ class AutoPeri(nn.Module):
         index, length = request.index, request.species.shape[1]
         mask, species = occupied(request.num_atoms, length), request.species
         known = self._told_in_sampling(request, mask)
+        finding = not bool(known.species.all())
         outside = torch.zeros(ELEMENTS, device=mask.device)
         if request.elements:
             outside.fill_(-math.inf)[[number - 1 for number in request.elements]] = 0.0
@@ -229,8 +230,9 @@ class AutoPeri(nn.Module):
             sigma = self.lattice_noise.sigma(start)
             clean = (lattice + sigma * math.sqrt(1 + sigma**2) * said.lattice) / (1 + sigma**2)
             lattice = clean + self.lattice_noise.left(start, then) * (lattice - clean)
-            sites = sites.masked_fill(~said.species.isfinite().all(-1, keepdim=True), math.nan)  # no crystal
-            species = _revealed(species, said.species + outside, mask, 1 - then / now, draw, index, k)
+            if finding:
+                sites = sites.masked_fill(~said.species.isfinite().all(-1, keepdim=True), math.nan)  # no crystal
+                species = _revealed(species, said.species + outside, mask, 1 - then / now, draw, index, k)
         return Dense(species, sites, self.real_lattice(lattice, request.num_atoms), mask).crystals()
 
     def _told_in_sampling(self, request: Request, mask: Tensor) -> Known:

@@ -36,12 +36,18 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     return model.to(device).eval().requires_grad_(False), content
 
 
+def usable_gpus(wanted: str) -> int:
+    """How many GPUs this process may take its own from; 0 for the CPU. wanted: auto, cpu or cuda. Raises SiteError."""
+    count = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted == "cuda" and not count:
+        raise SiteError("device = cuda, but no GPU is visible: check the job's --gres and CUDA_VISIBLE_DEVICES")
+    return count
+
+
 def sampling_device(wanted: str, env: Mapping[str, str] | None = None) -> torch.device:
     """The GPU of this process, by its number on its node, or the CPU. wanted: auto, cpu or cuda. Raises SiteError."""
-    count = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    count = usable_gpus(wanted)
     if not count:
-        if wanted == "cuda":
-            raise SiteError("device = cuda, but no GPU is visible: check the job's --gres and CUDA_VISIBLE_DEVICES")
         return torch.device("cpu")
     env = os.environ if env is None else env
     told = [env[name] for name in _LOCAL_RANKS if env.get(name, "").isdecimal()]

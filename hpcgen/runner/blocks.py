@@ -152,7 +152,7 @@ class _Run:
 
     def begin(self, task: Task) -> None:
         """Start an attempt."""
-        draft = draft_of(task.block.path, self.draft_token)
+        draft = draft_of(task.block.path, self.lease.token)
         draft.unlink(missing_ok=True)
         self.pool.start(Job(task.block, draft, keep_of(task.block.path), dict(task.culprits)))
 
@@ -161,7 +161,7 @@ class _Run:
         for job, result in results:
             task = self.board.mine[job.block.index]
             if isinstance(result, Finished):
-                self.board.place(task, self.draft_token, result.counts)
+                self.board.place(task, result.counts)
             elif isinstance(result, Raised):
                 if result.ends_run is not None:
                     raise type(result.ends_run)(f"{task.block.path}: {result.ends_run}")
@@ -207,14 +207,14 @@ class _Run:
         frames = [line.strip() for line in where if line.lstrip().startswith("File ")]
         self.board.fail(task, kind, message)
         with suppress(OSError):
-            draft_of(task.block.path, self.draft_token).unlink(missing_ok=True)
+            draft_of(task.block.path, self.lease.token).unlink(missing_ok=True)
         _log_event(self.lease, event="failed", block=task.block.index, file=task.block.path.name, kind=kind,
                    message=message, at=frames[-1] if frames else "", rank=self.lease.team.rank)  # fmt: skip
 
     def forget(self, task: Task) -> None:
         """Leave a block as if it had never been claimed."""
         with suppress(OSError):
-            draft_of(task.block.path, self.draft_token).unlink(missing_ok=True)
+            draft_of(task.block.path, self.lease.token).unlink(missing_ok=True)
         self.board.give_up(task)
 
     def leave(self, reason: str) -> None:
@@ -246,11 +246,6 @@ class _Run:
             "items_done": self.board.items_settled + self.pool.items(), "items_total": self.progress.total,
             "blocks": blocks, "rate": round(self.progress.rate, 3),
         }  # fmt: skip
-
-    @property
-    def draft_token(self) -> str:
-        """Drafts carry the launch and the member, so that nobody else's is ever touched."""
-        return f"{self.lease.team.token}-{self.lease.member}"
 
 
 def _default_processes(lease: Lease) -> int:

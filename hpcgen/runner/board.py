@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpcgen.errors import TooManyFailed
 from hpcgen.files import DRAFT, whole
 from hpcgen.runner.lease import CLAIM, MISSED_BEATS, Lease
 from hpcgen.runner.owners import create_whole, read_record
@@ -53,6 +54,15 @@ class Outcome:
     culprits: int = 0
     failed: list[Failure] = field(default_factory=list)
     counts: dict[str, int | float] = field(default_factory=dict)
+
+    def refuse_failed(self, where: Path, total: int, doing: str = "") -> None:
+        """Raise TooManyFailed, naming the first of `total` blocks of `where` that failed for good, if one did."""
+        if self.failed:
+            first = self.failed[0]
+            raise TooManyFailed(
+                f"{where}: {len(self.failed)} of {total} blocks failed{f' while {doing}' if doing else ''}, the first "
+                f"being {first.block.path.name} ({first.reason}); the same command tries them again"
+            )
 
 
 @dataclass
@@ -135,11 +145,11 @@ class Board:
                 return task
         return None
 
-    def place(self, task: Task, draft_token: str, counts: dict[str, int | float]) -> None:
+    def place(self, task: Task, counts: dict[str, int | float]) -> None:
         """Put a complete draft in place. Raises StorageError, also for a lost lease: then nothing appears."""
         self.lease.check()
         try:
-            with whole(task.block.path, token=draft_token, before_rename=self.lease.check):
+            with whole(task.block.path, token=self.lease.token, before_rename=self.lease.check):
                 pass
         except FileNotFoundError:  # swept by a member that took us for dead and made the block itself
             if not task.block.path.exists():

@@ -25,6 +25,7 @@ from hpcgen.runner.team import Team
 log = logging.getLogger(__name__)
 CLAIM = ".claim"
 MISSED_BEATS = 3
+HOUSEKEEPING = ("lease", "heartbeat", "events.jsonl", "submit")  # in any run folder, whatever is made there
 
 
 class Lease:
@@ -44,6 +45,11 @@ class Lease:
         self._last_touch = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="heartbeat", daemon=True)
+
+    @property
+    def token(self) -> str:
+        """For drafts that no other member of this launch may sweep."""
+        return f"{self.team.token}-{self.member}"
 
     @classmethod
     def take(cls, folder: Path, team: Team, *, sweep: Iterable[Path] = (), beat_s: float = 5.0) -> "Lease":
@@ -282,7 +288,7 @@ class Lease:
         }  # fmt: skip
         with storage_faults(self._beat_file):
             try:
-                replace_quickly(self._beat_file, record, f"{self.team.token}-{self.member}")
+                replace_quickly(self._beat_file, record, self.token)
             except OSError:
                 with suppress(FileNotFoundError):
                     os.utime(self._beat_file)  # a full disk still takes a new time

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from hpcgen.crystal.magpie import MAGPIE_COLUMNS
-from hpcgen.errors import DONE, TOO_MANY_FAILED, HpcgenError, InputError, TooManyFailed, UsageError
+from hpcgen.errors import DONE, TOO_MANY_FAILED, HpcgenError, InputError, UsageError
 from hpcgen.files import make_folder, write_json, write_whole
 from hpcgen.runner.blocks import Block, How, once, run_blocks
-from hpcgen.runner.lease import Lease
+from hpcgen.runner.lease import HOUSEKEEPING, Lease
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team
 from hpcgen.store.duplicates import MatchBlock, ReduceBlock, pairs_per_block
@@ -97,22 +97,12 @@ class _Run:
     def is_complete(self) -> bool:
         return (self.store / MANIFEST).exists()
 
-    @property
-    def token(self) -> str:
-        """For drafts that no other member of this launch may sweep."""
-        return f"{self.lease.team.token}-{self.lease.member}"
-
     def blocks(self, what: str, blocks: list[Block], work: Any, *, timed: bool = True) -> None:
         """Do all blocks. Raises TooManyFailed naming the first that failed for good, FileNotFoundError if too late."""
         self._refuse_late()
         how = replace(self.how, label=what, item_timeout_s=self.how.item_timeout_s if timed else None)
         outcome = run_blocks(blocks, work, lease=self.lease, stop=self.stop, how=how)
-        if outcome.failed:
-            first = outcome.failed[0]
-            raise TooManyFailed(
-                f"{self.store}: {len(outcome.failed)} of {len(blocks)} blocks failed while {what}, the first being "
-                f"{first.block.path.name} ({first.reason}); the same command tries them again"
-            )
+        outcome.refuse_failed(self.store, len(blocks), what)
 
     def _refuse_late(self) -> None:
         """Other ranks may have finished the store and cleared up while this one was away."""
@@ -165,7 +155,7 @@ def _refuse_other(store: Path, making: dict[str, Any]) -> None:
 
 
 def _ours(name: str) -> bool:
-    return name in ("lease", "heartbeat", "events.jsonl", WORK) or name.startswith("build.json.")
+    return name in (*HOUSEKEEPING, WORK) or name.startswith("build.json.")
 
 
 def _difference(part: str, there: Any, asked: Any) -> str:
@@ -262,7 +252,7 @@ def _finish(
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["row", "id", "code", "message"])
     writer.writerows((r.row, r.id, r.code, r.message) for r in refusals)
-    write_whole(run.store / REJECTS, table.getvalue(), token=run.token)
+    write_whole(run.store / REJECTS, table.getvalue(), token=run.lease.token)
     counts = {
         "rows": rows,
         "crystals": parsed,  # of the rows that were not refused
@@ -274,8 +264,8 @@ def _finish(
     if not written:
         raise InputError(f"{run.store}: none of {rows} rows gave a crystal; {REJECTS} says why, row by row")
     begun = json.loads((run.store / "build.json").read_text())
-    write_json(run.store / "build.json", {**begun, "counts": counts}, token=run.token)
-    write_manifest(run.work, head, [shard_info(path) for path in shards], token=run.token)
+    write_json(run.store / "build.json", {**begun, "counts": counts}, token=run.lease.token)
+    write_manifest(run.work, head, [shard_info(path) for path in shards], token=run.lease.token)
     shutil.copyfile(run.work / MANIFEST, draft)
 
 

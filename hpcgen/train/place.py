@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hpcgen.errors import SiteError
+from hpcgen.models.load import usable_gpus
 from hpcgen.runner.team import env_number
 
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -95,10 +96,8 @@ def first_host(listed: str) -> str:
 
 def find_device(wanted: str, place: Place) -> torch.device:
     """The GPU of this process, or the CPU. Raises SiteError where there are more processes on a node than GPUs."""
-    count = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    count = usable_gpus(wanted)
     if not count:
-        if wanted == "cuda":
-            raise SiteError("device = cuda, but no GPU is visible: check the job's --gres and CUDA_VISIBLE_DEVICES")
         return torch.device("cpu")
     at = 0 if count == 1 else place.local_rank
     if at >= count:
