@@ -2,17 +2,23 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hpcgen import __version__
 from hpcgen.errors import DONE, HpcgenError, InputError, StoppedEarly, UsageError
+from hpcgen.runner.team import tell_script
 
 _INTERNAL = HpcgenError.exit_code
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141  # as any filter that ends by SIGPIPE
+
+if TYPE_CHECKING:
+    from hpcgen.campaign.config import CampaignConfig
 
 
 class _Parser(argparse.ArgumentParser):
@@ -26,12 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = parser().parse_args(argv)
+    arguments, rest = parser().parse_known_args(argv)
+    if rest and arguments.run is not _submit:  # whose command is read by its own parser
+        raise UsageError(f"unrecognized arguments: {' '.join(rest)}; see hpcgen --help")
+    arguments.command = rest
     return guarded(lambda: arguments.run(arguments), resumable=arguments.resumable)
 
 
 def guarded(call: Callable[[], int], *, resumable: bool = False) -> int:
     """The exit code of `call`, or of what it raised, said in one sentence on stderr. Never raises."""
+    code = _guarded(call, resumable)
+    tell_script(code)
+    return code
+
+
+def _guarded(call: Callable[[], int], resumable: bool) -> int:
     try:
         code = call()
         sys.stdout.flush()
@@ -81,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     _add_campaign(verbs)
     _add_evaluate(verbs)
     _add_export(verbs)
+    _add_submit(verbs)
     return top
 
 
@@ -148,7 +164,13 @@ def _add_train(verbs: argparse._SubParsersAction) -> None:
     train = verbs.add_parser("train", help="train a model; again, to go on with it: alone, under torchrun or srun")
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of what differs from the defaults")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of the file")
-    train.set_defaults(run=_train, resumable=True)
+    train.set_defaults(run=_train, resumable=True, folder=_train_folder)
+
+
+def _train_folder(arguments: argparse.Namespace) -> Path:
+    from hpcgen.train.config import TrainConfig, load
+
+    return Path(load(TrainConfig, arguments.config, arguments.overrides).out)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -210,19 +232,26 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
     add("--pairs", type=int, default=0, metavar="P", help="of atoms looked at together (default: by device)")
     add("--block", type=int, default=0, metavar="B", help="crystals of a file, a multiple of T (default: by n)")
     add("--processes", type=int, metavar="P", help="workers of each rank; 0: none but itself (default: all cores)")
-    campaign.set_defaults(run=_campaign, resumable=True)
+    campaign.set_defaults(run=_campaign, resumable=True, folder=lambda told: Path(_campaign_config(told).out))
+
+
+def _campaign_config(arguments: argparse.Namespace) -> "CampaignConfig":
+    import dataclasses
+
+    from hpcgen.campaign.config import CampaignConfig, read_conditions
+
+    names = [field.name for field in dataclasses.fields(CampaignConfig)]
+    told = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return CampaignConfig(**told, conditions=read_conditions(arguments.condition)).checked()
 
 
 def _campaign(arguments: argparse.Namespace) -> int:
-    import dataclasses
     import logging
 
-    from hpcgen.campaign.config import PRELOAD, CampaignConfig, read_conditions
+    from hpcgen.campaign.config import PRELOAD
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    names = [field.name for field in dataclasses.fields(CampaignConfig)]
-    told = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    config = CampaignConfig(**told, conditions=read_conditions(arguments.condition)).checked()
+    config = _campaign_config(arguments)
     if config.processes != 0 and config.device != "cuda":
         from hpcgen.runner.guard import prepare
 
@@ -250,7 +279,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N crystals only")
     evaluate.add_argument("--seed", type=int, default=0, help="of the control with random coordinates")
     evaluate.add_argument("--pair-timeout", type=float, default=60.0, metavar="S", help="seconds one match may take")
-    evaluate.set_defaults(run=_evaluate, resumable=True)
+    evaluate.set_defaults(run=_evaluate, resumable=True, folder=lambda told: told.evaluated)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -302,6 +331,60 @@ def _export(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     print(f"{arguments.out}: {export(request):,} crystals as {arguments.format}")
     return DONE
+
+
+def _add_submit(verbs: argparse._SubParsersAction) -> None:
+    from hpcgen.launch.site import VERBS
+
+    submit = verbs.add_parser(
+        "submit", help="a verb as a Slurm job that is queued again until it is done", allow_abbrev=False,
+        usage="hpcgen submit VERB ... [--site FILE] [--set key=value] [--after JOB] [--dry-run | --test-only]",
+        description="What follows VERB is what the verb itself takes; after `preprocess`, a script and what it takes.",
+    )  # fmt: skip
+    submit.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
+    submit.add_argument("--site", type=Path, metavar="FILE", help="site profile, as slurm/site.yaml")
+    submit.add_argument("--set", action="append", default=[], metavar="key=value", help="goes before the profile, as "
+                        "train.nodes=2; repeatable")  # fmt: skip
+    submit.add_argument("--after", default="", metavar="JOB", help="begin when this job has ended well; 17:18: both")
+    how = submit.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="print the batch script; needs no Slurm")
+    how.add_argument("--test-only", action="store_true", help="ask Slurm when it would begin; queues nothing")
+    submit.set_defaults(run=_submit)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from hpcgen.launch.sbatch import Job, new_name, render
+    from hpcgen.launch.site import read_site
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if not re.fullmatch(r"(\d+(:\d+)*)?", arguments.after):
+        raise UsageError(f"--after {arguments.after}: want the number of a job, or several as 17:18")
+    site = read_site(arguments.site, arguments.set)
+    run, words = _submitted(arguments.verb, arguments.command)
+    command = [site.python or sys.executable, "-u", *words]
+    job = Job(arguments.verb, new_name(arguments.verb), run.absolute(), command, site, arguments.after)
+    if arguments.dry_run:
+        print(render(job), end="")
+        return DONE
+    from hpcgen.launch.submit import submit, test_only
+
+    print(test_only(job) if arguments.test_only else submit(job))
+    return DONE
+
+
+def _submitted(verb: str, words: list[str]) -> tuple[Path, list[str]]:
+    """Run folder and command line of a verb, read as the verb itself would read it. Raises UsageError."""
+    if verb != "preprocess":
+        told = parser().parse_args([verb, *words])
+        return told.folder(told), ["-m", "hpcgen.cli", verb, *words]
+    script = Path(words[0]) if words else Path()
+    if script.suffix != ".py" or not script.is_file():
+        raise UsageError(f"submit preprocess {script}: want a script, as preprocess/mp20.py, and what it takes")
+    out = _Parser(prog=str(script), add_help=False, allow_abbrev=False)
+    out.add_argument("--out", type=Path, required=True)
+    return out.parse_known_args(words[1:])[0].out, [str(script.absolute()), *words[1:]]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model") / "model.pt")
 
 
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[object]:
+    """A real Slurm: four nodes of eight GPU slots."""
+    from slurm_cluster import Cluster, why_not
+
+    if reason := why_not():
+        pytest.skip(reason)
+    with Cluster() as cluster:
+        yield cluster
+
+
 @pytest.fixture
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A real file system as small as the test file's SMALL_DISK says."""

@@ -153,7 +153,8 @@ def test_every_way_to_end_has_its_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli.argparse.ArgumentParser, "parse_args", lambda self, argv: _raising(fault, resumable)(argv))
+    parse = _raising(fault, resumable)
+    monkeypatch.setattr(cli.argparse.ArgumentParser, "parse_known_args", lambda self, argv: (parse(argv), []))
     monkeypatch.setattr(cli, "_leave_pipe", lambda: 141)
     assert cli.main([]) == code
     err = capsys.readouterr().err

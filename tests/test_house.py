@@ -29,6 +29,7 @@ TORCH_FREE = [
     "hpcgen.train.config",
     "hpcgen.campaign.config",
     "hpcgen.models.autoperi_config",
+    "hpcgen.launch.submit",
 ]
 
 

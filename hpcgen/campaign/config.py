@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpcgen.config import load_config
 from hpcgen.errors import InputError, UsageError
 
 CONFIG, SUMMARY = "config.yaml", "summary.json"  # of a run folder
@@ -138,6 +137,8 @@ class CampaignConfig:
 
 def read_config(run: Path) -> CampaignConfig:
     """The settings of the campaign in a run folder. Raises InputError."""
+    from hpcgen.config import load_config  # OmegaConf: not for the parser of the command line
+
     try:
         return load_config(CampaignConfig, run / CONFIG).checked()
     except UsageError as fault:

@@ -11,7 +11,9 @@ import threading
 import traceback
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -61,6 +63,7 @@ class Team:
             text = "".join(traceback.format_exception(fault)).rstrip()
             log.critical("%s failed, all ranks end now\n%s", where, text)
         _flush()
+        tell_script(exit_code(fault))
         if self.comm is not None:
             self.comm.Abort(exit_code(fault))
             os._exit(exit_code(fault))  # some launchers return from Abort and kill a moment later
@@ -89,6 +92,14 @@ def exit_code(fault: BaseException) -> int:
     if isinstance(fault, SystemExit):
         return fault.code if isinstance(fault.code, int) else int(fault.code is not None)
     return 130 if isinstance(fault, KeyboardInterrupt) else HpcgenError.exit_code
+
+
+def tell_script(code: int) -> None:
+    """Leave the code of a failure where the batch script looks for it: srun tells that of another task, if larger."""
+    file = os.environ.get("HPCGEN_FAILED", "")
+    if file and code not in (0, StoppedEarly.exit_code):
+        with suppress(OSError):
+            Path(file).write_text(f"{code}\n")
 
 
 def find_team() -> Team:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hpcgen.errors import HpcgenError, SiteError, StoppedEarly
 from hpcgen.runner.stop import SIGNALS
-from hpcgen.runner.team import exit_code
+from hpcgen.runner.team import exit_code, tell_script
 from hpcgen.train.place import Place
 
 log = logging.getLogger(__name__)
@@ -291,4 +291,5 @@ def _leave(code: int) -> None:
         handler.flush()
     sys.stdout.flush()
     sys.stderr.flush()
+    tell_script(code)
     os._exit(code)

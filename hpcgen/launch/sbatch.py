@@ -1,0 +1,119 @@
+"""The batch script of a job: text that a person can read, and that a laptop without Slurm can write."""
+
+import shlex
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcgen.launch.site import Site
+
+# Measured with Slurm 22.05: a preemption, the --signal before the end and `scancel` reach the tasks; srun and the
+# script go on. A job that leaves with 75 within its grace time is recorded as failed, one with 0 as completed: neither
+# is queued again. One that asks for it after `scancel` would come back: by then it is COMPLETING. Of the codes of its
+# tasks srun tells the largest: those that were ended because one failed with 4 leave with 75.
+ENDING = """\
+if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
+    exit "$(cat "$HPCGEN_FAILED")"
+elif [ "$code" -ne 75 ] && [ "$code" -ne 143 ]; then
+    exit "$code"
+fi
+# 75: stopped early, all is saved. 143: ended by a signal before that. Both go on from what is saved, in the same job.
+case $(scontrol show job "$SLURM_JOB_ID") in
+*JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
+    echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # until Slurm ends this script
+    ;;
+'')
+    echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
+    sleep 600
+    ;;
+*) echo "hpcgen: job $SLURM_JOB_ID was cancelled; the same command goes on from here" ;;
+esac
+exit "$code"
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of hpcgen as a job."""
+
+    verb: str
+    name: str  # no other job has it
+    run: Path  # run folder, absolute
+    command: list[str]  # of one task, interpreter and all
+    site: Site
+    after: str = ""  # jobs that must have ended well before, as 17 or 17:18
+
+    @property
+    def folder(self) -> Path:
+        """For the script, the log and the record."""
+        return self.run / "submit"
+
+    @property
+    def interpreter(self) -> list[str]:
+        """What starts Python in a task, container and all."""
+        return [*shlex.split(self.site.container), self.command[0]]
+
+
+def new_name(verb: str) -> str:
+    """A name that no other job has: the queue can be asked for it when nobody knows whether sbatch worked."""
+    return f"hpcgen-{verb}-{uuid.uuid4().hex[:8]}"
+
+
+def render(job: Job, command: str = "") -> str:
+    """The batch script. command: of each task, for a shell; that of the job if left out."""
+    site = job.site
+    command = command or shlex.join([*shlex.split(site.container), *job.command])
+    flags = {"job-name": job.name, **site.flags(job.verb), "requeue": "", "open-mode": "append"}
+    if site.signal_s:
+        flags["signal"] = f"USR2@{site.signal_s}"
+    if job.after:
+        flags |= {"dependency": f"afterok:{job.after}", "kill-on-invalid-dep": "yes"}
+    flags["output"] = "/dev/null"
+    logs = shlex.quote(str(job.folder))
+    parts = [
+        "#!/bin/bash",
+        *(f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in flags.items()),
+        "",
+        "# The log goes on after a requeue. The script opens it itself: Slurm does not make folders.",
+        f"mkdir -p {logs} || exit 7",
+        f'exec >> {logs}/{job.verb}-"$SLURM_JOB_ID".log 2>&1',
+        "",
+        *_block("# The site's own lines.", site.setup),
+        *_block("", [f"export {name}={shlex.quote(value)}" for name, value in _environment(job).items()]),
+        'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
+        f'export HPCGEN_FAILED={logs}/failed-"$SLURM_JOB_ID"',
+        'rm -f "$HPCGEN_FAILED"',
+        f"srun {_words(_srun_flags(job))} {command}",
+        "code=$?",
+        "",
+        ENDING.rstrip(),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _srun_flags(job: Job) -> list[str]:
+    """A rank that fails ends the others; training brings its own rendezvous, all else works under MPI."""
+    mpi = "none" if job.verb == "train" or job.site.resources(job.verb).tasks == 1 else job.site.mpi
+    cpus = job.site.resources(job.verb).cpus_per_task  # srun does not take it over from sbatch since Slurm 22.05
+    told = ["--kill-on-bad-exit=1", f"--mpi={mpi}", *([f"--cpus-per-task={cpus}"] if cpus else [])]
+    return [*told, *job.site.srun]
+
+
+def _environment(job: Job) -> dict[str, str]:
+    told = dict(job.site.env)
+    if job.site.interface:
+        told |= {"NCCL_SOCKET_IFNAME": job.site.interface, "GLOO_SOCKET_IFNAME": job.site.interface}
+    if job.site.master_suffix:
+        told["HPCGEN_MASTER_SUFFIX"] = job.site.master_suffix
+    return told
+
+
+def _block(comment: str, lines: Sequence[str]) -> list[str]:
+    return [*([comment] if comment else []), *lines, ""] if lines else []
+
+
+def _words(words: Sequence[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)

@@ -1,0 +1,58 @@
+"""Slurm's own commands: in an environment that no job has left its marks on, with a limit on their time."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from hpcgen.errors import SiteError
+
+_TIMEOUT_S = 60.0
+_OURS = re.compile(r"(SLURM_(?!CONF$)|SLURMD_|SRUN_|SUBMITIT_|PMI_|PMIX_|OMPI_COMM_)")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def ask(*command: str, text: str = "", timeout_s: float = _TIMEOUT_S) -> Answer | None:
+    """Run a command of Slurm; None where there is no such command here, or it does not answer in time."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, env=clean_environment(), timeout=timeout_s
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+    return Answer(done.returncode, done.stdout, done.stderr.strip())
+
+
+def lines(*command: str) -> list[str] | None:
+    """The lines that a command of Slurm says, None where it cannot be asked."""
+    answer = ask(*command)
+    return answer.out.splitlines() if answer is not None and answer.code == 0 else None
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without what a job sets: sbatch within a job would inherit its resources."""
+    return {name: value for name, value in os.environ.items() if not _OURS.match(name)}
+
+
+def jobs_named(name: str) -> list[str]:
+    """Ids of the jobs of that name that are queued or run. Raises SiteError where the queue cannot be asked."""
+    told = lines("squeue", "--noheader", f"--name={name}", "--format=%i")
+    if told is None:
+        raise SiteError(f"squeue does not answer: whether job {name} was queued is not known")
+    return [line.strip() for line in told if line.strip()]
+
+
+def partitions() -> list[str]:
+    """Names of the partitions, the default one marked with *; empty where sinfo cannot be asked."""
+    return sorted({line.strip() for line in lines("sinfo", "--noheader", "--format=%P") or [] if line.strip()})

@@ -1,0 +1,134 @@
+"""A command as a Slurm job: queued through submitit, which pickles nothing but the run folder and the verb.
+
+In the job every task becomes the command itself (`exec`): what runs is the same as under a plain `srun hpcgen …`, with
+its own handling of signals, and no result is pickled for any of the tasks.
+"""
+
+import logging
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit import SlurmExecutor, SlurmJob
+
+from hpcgen.errors import InputError, SiteError, UsageError
+from hpcgen.files import append_json_line, make_folder, write_json, write_whole
+from hpcgen.launch.sbatch import Job, render
+from hpcgen.launch.slurm import ask, jobs_named, partitions
+from hpcgen.runner.owners import read_record
+
+log = logging.getLogger(__name__)
+FOLDER = "submit"  # of a run folder: a record for each verb, logs, and what submitit keeps
+
+
+@dataclass(frozen=True)
+class Command:
+    """All that is pickled. In a task of the job it becomes the command that the record names."""
+
+    run: str
+    verb: str
+
+    def __call__(self) -> None:
+        """Never returns. Raises InputError where the record is gone."""
+        file = record_of(Path(self.run), self.verb)
+        record = read_record(file)
+        if not record or not record.get("command"):
+            raise InputError(f"{file}: no record of the job, want what `hpcgen submit` wrote there")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(record["command"][0], record["command"])
+
+
+def record_of(run: Path, verb: str) -> Path:
+    """The file that says how a verb was submitted for a run folder."""
+    return run / FOLDER / f"{verb}.json"
+
+
+def submit(job: Job) -> str:
+    """Queue a job and write its record into the run folder; its id.
+
+    Raises UsageError where the run has such a job already or Slurm refuses the settings, SiteError without a Slurm
+    that answers.
+    """
+    executor = _executor(job)
+    _refuse_second(job)
+    file = make_folder(job.folder) / f"{job.verb}.json"
+    record: dict[str, Any] = {
+        "verb": job.verb, "name": job.name, "command": job.command, "folder": str(Path.cwd()), "after": job.after,
+        "time": round(time.time(), 3), "job": "",
+    }  # fmt: skip
+    write_json(file, record)
+    number = executor.submit(Command(str(job.run), job.verb)).job_id
+    write_json(file, {**record, "job": number})
+    append_json_line(job.run / "events.jsonl", event="submit", verb=job.verb, job=number, name=job.name)
+    return number
+
+
+def test_only(job: Job) -> str:
+    """What sbatch says of a job that it does not queue. Raises UsageError where it would refuse."""
+    answer = ask("sbatch", "--test-only", text=render(job))
+    if answer is None:
+        raise SiteError("sbatch does not answer here: --test-only wants a Slurm, --dry-run does not")
+    if answer.code:
+        raise UsageError(_refusal(answer.err))
+    return answer.err or answer.out.strip()
+
+
+class _Executor(SlurmExecutor):
+    """submitit's, with the batch script of this package, and sbatch called so that no job is queued twice."""
+
+    job: Job
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return render(self.job, command)
+
+    def _submit_command(self, command: str) -> SlurmJob:
+        draft = Path(self.folder) / f"{self.job.name}.sh"
+        write_whole(draft, self._make_submission_file_text(command, ""))
+        queued: SlurmJob = SlurmJob(folder=self.folder, job_id=_sbatch(draft, self.job), tasks=[0])
+        queued.paths.move_temporary_file(draft, "submission_file")
+        return queued
+
+
+def _executor(job: Job) -> _Executor:
+    try:
+        made = _Executor(job.folder, python=shlex.join(job.interpreter))
+    except RuntimeError as absent:
+        raise SiteError(f"no srun here ({absent}): submit where Slurm is, or see the script with --dry-run") from absent
+    made.job = job
+    return made
+
+
+def _sbatch(script: Path, job: Job) -> str:
+    """The id of the job. Raises UsageError, SiteError."""
+    answer = ask("sbatch", "--parsable", str(script))
+    if answer is not None and answer.code == 0 and answer.out.strip():
+        return answer.out.strip().split(";")[0]
+    said = answer.err if answer is not None else "no answer"
+    found = jobs_named(job.name)  # sbatch may have failed after the job was queued
+    if found:
+        log.warning("sbatch said %r, but job %s was queued", said, found[0])
+        return found[0]
+    raise (UsageError if answer is not None else SiteError)(_refusal(said))
+
+
+def _refusal(said: str) -> str:
+    told = " ".join(line.removeprefix("sbatch: error: ") for line in said.splitlines() if line.strip())
+    if "partition" in told.lower() and (names := partitions()):
+        told += f"; the partitions here are {', '.join(names)}"
+    return f"sbatch refuses the job: {told}"
+
+
+def _refuse_second(job: Job) -> None:
+    """Raise UsageError if this verb of this run is queued or runs."""
+    record = read_record(record_of(job.run, job.verb)) or {}
+    name = record.get("name")
+    if name and (found := jobs_named(name)):
+        raise UsageError(
+            f"{job.run}: {job.verb} is job {found[0]} already, queued or running; see `hpcgen status {job.run}`, or "
+            f"end it with `scancel {found[0]}`"
+        )

@@ -1,0 +1,59 @@
+#!/bin/bash
+# A million crystals on 4 nodes of 8 GPUs, one MPI rank for each GPU, from the root of the checkout:
+#
+#   sbatch slurm/campaign.sh
+#   sbatch slurm/campaign.sh --n 5000000 --checkpoint runs/train_mp20/best.pt --condition band_gap=1.5
+#
+# What follows the script's name goes to `hpcgen campaign`. The same command on the same run folder does what is
+# missing; preempted, out of time or after the failure of a node the job is queued again by itself.
+#   HPCGEN_RUN  run folder (default: runs/campaign)
+#   HPCGEN_MPI  plug-in of srun (default: pmix; pmi2 for MPICH and Intel MPI; see `srun --mpi=list`)
+
+#SBATCH --job-name=hpcgen-campaign
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:a100:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1-00:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR2@120
+#SBATCH --output=/dev/null
+
+run=${HPCGEN_RUN:-runs/campaign}
+
+# The log goes on after a requeue. The script opens it itself: Slurm does not make folders.
+mkdir -p "$run/submit" || exit 7
+exec >> "$run/submit/campaign-$SLURM_JOB_ID.log" 2>&1
+
+if ! command -v hpcgen > /dev/null; then
+    echo "hpcgen: is not on the PATH of the job; activate its environment before sbatch"
+    exit 3
+fi
+
+export OMP_NUM_THREADS=1
+export HPCGEN_FAILED="$run/submit/failed-$SLURM_JOB_ID"
+rm -f "$HPCGEN_FAILED"
+srun --kill-on-bad-exit=1 --mpi="${HPCGEN_MPI:-pmix}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    hpcgen campaign --n 1000000 --out "$run" "$@"
+code=$?
+
+if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
+    exit "$(cat "$HPCGEN_FAILED")"
+elif [ "$code" -ne 75 ] && [ "$code" -ne 143 ]; then
+    exit "$code"
+fi
+# 75: stopped early, all is saved. 143: ended by a signal before that. Both go on from what is saved, in the same job.
+case $(scontrol show job "$SLURM_JOB_ID") in
+*JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
+    echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # until Slurm ends this script
+    ;;
+'')
+    echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
+    sleep 600
+    ;;
+*) echo "hpcgen: job $SLURM_JOB_ID was cancelled; the same command goes on from here" ;;
+esac
+exit "$code"

@@ -1,0 +1,64 @@
+#!/bin/bash
+# A store from CSV files of crystals on all cores of one node, from the root of the checkout:
+#
+#   export HPCGEN_STORE=/scratch/me/stores/mp20
+#   sbatch slurm/preprocess.sh preprocess/mp20.py data/train.csv data/val.csv data/test.csv --split source
+#   sbatch --nodes=4 slurm/preprocess.sh preprocess/icsd.py /data/icsd     # four MPI ranks, one on each node
+#   sbatch --array=0-7 slurm/preprocess.sh preprocess/icsd.py /data/icsd   # or eight jobs that share the work
+#
+# What follows the script's name is one of preprocess/*.py and what it takes, but for --out.
+#   HPCGEN_MPI  plug-in of srun (default: pmix; pmi2 for MPICH and Intel MPI; see `srun --mpi=list`)
+
+#SBATCH --job-name=hpcgen-preprocess
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR2@60
+#SBATCH --output=/dev/null
+
+store=${HPCGEN_STORE:-stores/mp20}
+
+# The log goes on after a requeue. The script opens it itself: Slurm does not make folders.
+mkdir -p "$store/submit" || exit 7
+exec >> "$store/submit/preprocess-$SLURM_JOB_ID.log" 2>&1
+
+if ! python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("hpcgen") is None)'; then
+    echo "hpcgen: the python of the job's PATH does not have it; activate its environment before sbatch"
+    exit 3
+fi
+if [ "$#" -eq 0 ]; then
+    echo "hpcgen: no script is named; want for example: sbatch slurm/preprocess.sh preprocess/mp20.py data/mp20.csv"
+    exit 2
+fi
+
+export OMP_NUM_THREADS=1
+export HPCGEN_FAILED="$store/submit/failed-$SLURM_JOB_ID"
+rm -f "$HPCGEN_FAILED"
+mpi=none
+if [ "$SLURM_NTASKS" -gt 1 ]; then mpi=${HPCGEN_MPI:-pmix}; fi
+srun --kill-on-bad-exit=1 --mpi="$mpi" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    python -u "$@" --out "$store"
+code=$?
+
+if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
+    exit "$(cat "$HPCGEN_FAILED")"
+elif [ "$code" -ne 75 ] && [ "$code" -ne 143 ]; then
+    exit "$code"
+fi
+# 75: stopped early, all is saved. 143: ended by a signal before that. Both go on from what is saved, in the same job.
+case $(scontrol show job "$SLURM_JOB_ID") in
+*JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
+    echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # until Slurm ends this script
+    ;;
+'')
+    echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
+    sleep 600
+    ;;
+*) echo "hpcgen: job $SLURM_JOB_ID was cancelled; the same command goes on from here" ;;
+esac
+exit "$code"

@@ -1,0 +1,64 @@
+#!/bin/bash
+# Train AutoPeri on 4 nodes of 8 A100s, one task for each GPU, from the root of the checkout:
+#
+#   export HPCGEN_STORE=/scratch/me/stores/mp20     # made by slurm/preprocess.sh
+#   sbatch slurm/train_mp20.sh
+#   sbatch slurm/train_mp20.sh steps=20000 out=runs/short     # settings that go before those of the config
+#
+# It runs in the environment that submits it, with hpcgen on the PATH. Account, partition and the like: on the command
+# line (`sbatch --account=abc --partition=gpu slurm/train_mp20.sh`) or as further lines below. Preempted, out of time
+# or after the failure of a node the job is queued again by itself and goes on from its newest checkpoint.
+#   HPCGEN_RUN     run folder (default: runs/train_mp20)      HPCGEN_CONFIG  (default: configs/autoperi_mp20.yaml)
+
+#SBATCH --job-name=hpcgen-train
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:a100:8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=1-00:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR2@120
+#SBATCH --output=/dev/null
+
+run=${HPCGEN_RUN:-runs/train_mp20}
+
+# The log goes on after a requeue. The script opens it itself: Slurm does not make folders.
+mkdir -p "$run/submit" || exit 7
+exec >> "$run/submit/train-$SLURM_JOB_ID.log" 2>&1
+
+if [ ! -f "${HPCGEN_STORE:-}/manifest.json" ]; then
+    echo "hpcgen: HPCGEN_STORE is '${HPCGEN_STORE:-}', want the folder of a store; sbatch slurm/preprocess.sh makes one"
+    exit 4
+fi
+if ! command -v hpcgen > /dev/null; then
+    echo "hpcgen: is not on the PATH of the job; activate its environment before sbatch"
+    exit 3
+fi
+
+export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+export HPCGEN_FAILED="$run/submit/failed-$SLURM_JOB_ID"
+rm -f "$HPCGEN_FAILED"
+srun --kill-on-bad-exit=1 --mpi=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    hpcgen train "${HPCGEN_CONFIG:-configs/autoperi_mp20.yaml}" store="$HPCGEN_STORE" out="$run" "$@"
+code=$?
+
+if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
+    exit "$(cat "$HPCGEN_FAILED")"
+elif [ "$code" -ne 75 ] && [ "$code" -ne 143 ]; then
+    exit "$code"
+fi
+# 75: stopped early, all is saved. 143: ended by a signal before that. Both go on from what is saved, in the same job.
+case $(scontrol show job "$SLURM_JOB_ID") in
+*JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
+    echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # until Slurm ends this script
+    ;;
+'')
+    echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
+    sleep 600
+    ;;
+*) echo "hpcgen: job $SLURM_JOB_ID was cancelled; the same command goes on from here" ;;
+esac
+exit "$code"

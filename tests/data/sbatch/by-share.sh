@@ -1,0 +1,41 @@
+#!/bin/bash
+#SBATCH --job-name=hpcgen-train-0123abcd
+#SBATCH --partition=gpu
+#SBATCH --reservation=school
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=2
+#SBATCH --time=1440
+#SBATCH --gpus=2
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=/dev/null
+
+# The log goes on after a requeue. The script opens it itself: Slurm does not make folders.
+mkdir -p '/scratch/me/my run/submit' || exit 7
+exec >> '/scratch/me/my run/submit'/train-"$SLURM_JOB_ID".log 2>&1
+
+export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+export HPCGEN_FAILED='/scratch/me/my run/submit'/failed-"$SLURM_JOB_ID"
+rm -f "$HPCGEN_FAILED"
+srun --kill-on-bad-exit=1 --mpi=none /venv/bin/python -u -m hpcgen.cli train 'my config.yaml' steps=10
+code=$?
+
+if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
+    exit "$(cat "$HPCGEN_FAILED")"
+elif [ "$code" -ne 75 ] && [ "$code" -ne 143 ]; then
+    exit "$code"
+fi
+# 75: stopped early, all is saved. 143: ended by a signal before that. Both go on from what is saved, in the same job.
+case $(scontrol show job "$SLURM_JOB_ID") in
+*JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
+    echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
+    scontrol requeue "$SLURM_JOB_ID"
+    sleep 60 # until Slurm ends this script
+    ;;
+'')
+    echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
+    sleep 600
+    ;;
+*) echo "hpcgen: job $SLURM_JOB_ID was cancelled; the same command goes on from here" ;;
+esac
+exit "$code"

@@ -1,0 +1,197 @@
+"""Batch scripts: the text for clusters that differ, what is refused before a job is queued, and doubtful answers."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcgen.cli import main
+from hpcgen.config import load_config
+from hpcgen.launch.sbatch import ENDING, Job, render
+from hpcgen.launch.site import Site, read_site
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "data" / "sbatch"
+# four kinds of sites, after the public pages of real ones, and one without GPUs
+SITES = {
+    "gres": ["account=abc", "partition=booster", "gpu_type=a100", "train.nodes=4", "train.tasks_per_node=8",
+             "train.gpus_per_node=8", "train.cpus_per_task=8", "interface=ib0", "master_suffix=i"],
+    "gpus-per-node": ["account=m1234_g", "qos=regular", "constraint=gpu&hbm80g", "gpu_flag=gpus-per-node",
+                      "train.nodes=2", "train.tasks_per_node=4", "train.gpus_per_node=4", "train.cpus_per_task=32",
+                      "train.minutes=360", "extra.licenses=scratch", "setup=[module load python cudatoolkit]"],
+    "container": ["account=project_1", "partition=standard-g", "gpu_flag=gpus-per-task", "exclusive=true",
+                  "train.nodes=2", "train.tasks_per_node=8", "train.gpus_per_node=8", "train.mem=480G",
+                  "container=apptainer exec --rocm /images/hpcgen.sif", "python=/opt/venv/bin/python",
+                  "srun=[--gpu-bind=none]"],
+    "by-share": ["partition=gpu", "reservation=school", "gpu_flag=none", "signal_s=0", "train.tasks_per_node=2",
+                 "train.gpus_per_node=2", "extra.gpus=2"],
+}  # fmt: skip
+
+
+def job(site: Site, verb: str = "train", after: str = "") -> Job:
+    command = [site.python or "/venv/bin/python", "-u", "-m", "hpcgen.cli", verb, "my config.yaml", "steps=10"]
+    return Job(verb, f"hpcgen-{verb}-0123abcd", Path("/scratch/me/my run"), command, site, after)
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_the_script_of_a_site(name: str) -> None:
+    assert render(job(read_site(None, SITES[name]))) == (GOLDEN / f"{name}.sh").read_text()
+
+
+def test_the_script_of_a_job_under_mpi_behind_others() -> None:
+    words = ["mpi=pmi2", "campaign.nodes=4", "campaign.tasks_per_node=32", "campaign.mem=0", "env.TMPDIR=/scratch/t m"]
+    script = render(job(read_site(None, words), "campaign", after="17:18"))
+    assert script == (GOLDEN / "mpi.sh").read_text()
+
+
+def test_all_scripts_pass_shellcheck() -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck here")
+    scripts = [*map(str, GOLDEN.glob("*.sh")), *map(str, (ROOT / "slurm").glob("*.sh"))]
+    assert len(scripts) >= 8
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_for_people_end_as_rendered_ones_do(script: Path) -> None:
+    assert script.read_text().endswith(ENDING) and os.access(script, os.X_OK)
+
+
+def test_the_profile_that_comes_along_is_whole() -> None:
+    site = load_config(Site, ROOT / "slurm" / "site.yaml").checked()
+    assert site.train.tasks == 32
+    keys = {line.lstrip("# ").split(":")[0] for line in (ROOT / "slurm" / "site.yaml").read_text().splitlines()}
+    assert set(vars(Site())) <= keys, "every key is shown"
+
+
+BAD = [
+    (["gpu_flag=gpu"], "gpu_flag = 'gpu': want one of gres"),
+    (["train.nods=2"], "did you mean train.nodes"),
+    (["train.nodes=0"], "train.nodes = 0: want at least 1"),
+    (["train.nodes=many"], "train.nodes"),
+    (["train.tasks_per_node=9", "train.gpus_per_node=8"], "want one task for each GPU"),
+    (["train.tasks_per_node=4", "train.gpus_per_node=8"], "a task for each GPU"),
+    (["gpu_flag=gpus-per-task", "campaign.tasks_per_node=2", "campaign.gpus_per_node=4"], "wants as many"),
+    (["signal_s=-1"], "signal_s = -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), BAD, ids=[said for _, said in BAD])
+def test_profiles_that_cannot_be(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [part for word in words for part in ("--set", word)]
+    assert main(["submit", "campaign", "--n", "10", *flags, "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+WORDS = [
+    (["train", "nowhere.yaml"], "nowhere.yaml: cannot read"),
+    (["campaign", "--n", "0"], "n = 0"),
+    (["campaign", "--nn", "3"], "unrecognized arguments: --nn"),
+    (["preprocess", "--out", "store"], "want a script"),
+    (["preprocess", str(ROOT / "preprocess" / "mp20.py"), "a.csv"], "--out"),
+    (["export", "run"], "invalid choice: 'export'"),
+    (["campaign", "--n", "3", "--after", "soon"], "--after soon: want the number of a job"),
+    (["campaign", "--n", "3", "--site", "nowhere.yaml"], "nowhere.yaml"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), WORDS, ids=[said for _, said in WORDS])
+def test_commands_that_would_fail_are_not_queued(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", *words, "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_is_what_was_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["submit", "campaign", "--n", "20", "--dry-run", "--out", str(run), "--set", "campaign.nodes=2",
+                 "--condition", "band_gap=1.5"]) == 0  # fmt: skip
+    script = capsys.readouterr().out
+    words = f"-m hpcgen.cli campaign --n 20 --out {run} --condition band_gap=1.5\n"
+    assert words in script and sys.executable in script and "#SBATCH --nodes=2" in script
+    assert not run.exists(), "a dry run leaves nothing behind"
+
+
+def test_a_dry_run_is_quick_and_light() -> None:
+    code = (
+        "import sys, time; start = time.monotonic(); from hpcgen.cli import main; "
+        "main(['submit', 'campaign', '--n', '9', '--dry-run']); "
+        "assert not {'torch', 'pymatgen', 'mpi4py'} & set(sys.modules); "
+        "print(time.process_time(), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stderr) < 2 and done.stdout.startswith("#!/bin/bash")
+
+
+# ---- a scheduler that answers strangely: only a stand-in does -----------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for commands of Slurm; srun is there."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for tool in ("cp", "dirname", "touch"):
+        (folder / tool).symlink_to(shutil.which(tool) or "")
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.chdir(tmp_path)
+    say(folder, "srun", "exit 0")
+    return folder
+
+
+def say(folder: Path, command: str, lines: str) -> None:
+    file = folder / command
+    file.write_text(f"#!/bin/sh\n{lines}\n")
+    file.chmod(0o755)
+
+
+def submit(*words: str) -> int:
+    return main(["submit", "campaign", "--n", "8", "--out", "run", *words])
+
+
+def test_a_job_is_queued_and_recorded(slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say(slurm, "squeue", "exit 0")
+    say(slurm, "sbatch", 'cp "$2" "$(dirname "$0")/queued.sh"; echo "41;cluster"')
+    assert submit() == 0 and capsys.readouterr().out == "41\n"
+    folder = tmp_path / "run" / "submit"
+    record = json.loads((folder / "campaign.json").read_text())
+    assert record["job"] == "41" and record["verb"] == "campaign" and record["name"].startswith("hpcgen-campaign-")
+    assert record["command"][:4] == [sys.executable, "-u", "-m", "hpcgen.cli"]
+    assert sorted(file.name for file in folder.iterdir()) == ["41_submission.sh", "41_submitted.pkl", "campaign.json"]
+    script = (slurm / "queued.sh").read_text()
+    assert f"-m submitit.core._submit {folder}" in script and "wckey" not in script
+    assert (folder / "41_submitted.pkl").stat().st_size < 1000
+
+
+def test_a_job_that_was_queued_in_spite_of_an_error_is_found(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say(slurm, "squeue", 'test -e "$(dirname "$0")/queued" && echo 42; exit 0')
+    say(slurm, "sbatch", 'touch "$(dirname "$0")/queued"; echo "sbatch: error: Socket timed out" >&2; exit 1')
+    assert submit() == 0 and capsys.readouterr().out == "42\n"
+    assert json.loads((tmp_path / "run" / "submit" / "campaign.json").read_text())["job"] == "42"
+    assert submit() == 2, "it is queued already"
+    assert "is job 42 already" in capsys.readouterr().err
+
+
+def test_a_partition_that_does_not_exist_names_those_that_do(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say(slurm, "squeue", "exit 0")
+    say(slurm, "sinfo", "echo gpu; echo 'cpu*'")
+    say(slurm, "sbatch", "echo 'sbatch: error: invalid partition specified: gup' >&2; exit 1")
+    for words in ([], ["--test-only"]):
+        assert submit("--set", "partition=gup", *words) == 2
+        said = capsys.readouterr().err
+        assert "invalid partition specified: gup" in said and "the partitions here are cpu*, gpu" in said
+
+
+def test_nothing_is_queued_where_there_is_no_slurm(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (slurm / "srun").unlink()
+    for words in ([], ["--test-only"]):
+        assert submit(*words) == 3
+        assert "--dry-run" in capsys.readouterr().err
