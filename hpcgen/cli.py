@@ -164,13 +164,14 @@ def _add_train(verbs: argparse._SubParsersAction) -> None:
     train = verbs.add_parser("train", help="train a model; again, to go on with it: alone, under torchrun or srun")
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of what differs from the defaults")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that go before those of the file")
-    train.set_defaults(run=_train, resumable=True, folder=_train_folder)
+    train.set_defaults(run=_train, resumable=True, job=_train_job)
 
 
-def _train_folder(arguments: argparse.Namespace) -> Path:
+def _train_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]]:
     from hpcgen.train.config import TrainConfig, load
 
-    return Path(load(TrainConfig, arguments.config, arguments.overrides).out)
+    config = load(TrainConfig, arguments.config, arguments.overrides)
+    return Path(config.out), [config.store, config.init]
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -232,7 +233,12 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
     add("--pairs", type=int, default=0, metavar="P", help="of atoms looked at together (default: by device)")
     add("--block", type=int, default=0, metavar="B", help="crystals of a file, a multiple of T (default: by n)")
     add("--processes", type=int, metavar="P", help="workers of each rank; 0: none but itself (default: all cores)")
-    campaign.set_defaults(run=_campaign, resumable=True, folder=lambda told: Path(_campaign_config(told).out))
+    campaign.set_defaults(run=_campaign, resumable=True, job=_campaign_job)
+
+
+def _campaign_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]]:
+    config = _campaign_config(arguments)
+    return Path(config.out), [config.checkpoint, config.formulas]
 
 
 def _campaign_config(arguments: argparse.Namespace) -> "CampaignConfig":
@@ -279,7 +285,11 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N crystals only")
     evaluate.add_argument("--seed", type=int, default=0, help="of the control with random coordinates")
     evaluate.add_argument("--pair-timeout", type=float, default=60.0, metavar="S", help="seconds one match may take")
-    evaluate.set_defaults(run=_evaluate, resumable=True, folder=lambda told: told.evaluated)
+    evaluate.set_defaults(run=_evaluate, resumable=True, job=_evaluate_job)
+
+
+def _evaluate_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]]:
+    return arguments.evaluated, [arguments.evaluated, arguments.reference or ""]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -362,29 +372,33 @@ def _submit(arguments: argparse.Namespace) -> int:
     if not re.fullmatch(r"(\d+(:\d+)*)?", arguments.after):
         raise UsageError(f"--after {arguments.after}: want the number of a job, or several as 17:18")
     site = read_site(arguments.site, arguments.set)
-    run, words = _submitted(arguments.verb, arguments.command)
+    run, needs, words = _submitted(arguments.verb, arguments.command)
     command = [site.python or sys.executable, "-u", *words]
     job = Job(arguments.verb, new_name(arguments.verb), run.absolute(), command, site, arguments.after)
     if arguments.dry_run:
         print(render(job), end="")
         return DONE
+    for path in needs:
+        if not arguments.after and not path.exists():
+            raise InputError(f"{path}: does not exist, want it now, or --after the job that makes it")
     from hpcgen.launch.submit import submit, test_only
 
     print(test_only(job) if arguments.test_only else submit(job))
     return DONE
 
 
-def _submitted(verb: str, words: list[str]) -> tuple[Path, list[str]]:
-    """Run folder and command line of a verb, read as the verb itself would read it. Raises UsageError."""
+def _submitted(verb: str, words: list[str]) -> tuple[Path, list[Path], list[str]]:
+    """Run folder, files it needs, and command line of a verb, as the verb itself would read it. Raises UsageError."""
     if verb != "preprocess":
         told = parser().parse_args([verb, *words])
-        return told.folder(told), ["-m", "hpcgen.cli", verb, *words]
+        run, needs = told.job(told)
+        return run, [Path(path) for path in needs if path], ["-m", "hpcgen.cli", verb, *words]
     script = Path(words[0]) if words else Path()
     if script.suffix != ".py" or not script.is_file():
         raise UsageError(f"submit preprocess {script}: want a script, as preprocess/mp20.py, and what it takes")
     out = _Parser(prog=str(script), add_help=False, allow_abbrev=False)
     out.add_argument("--out", type=Path, required=True)
-    return out.parse_known_args(words[1:])[0].out, [str(script.absolute()), *words[1:]]
+    return out.parse_known_args(words[1:])[0].out, [], [str(script.absolute()), *words[1:]]
 
 
 if __name__ == "__main__":

@@ -190,6 +190,14 @@ def test_a_partition_that_does_not_exist_names_those_that_do(slurm: Path, capsys
         assert "invalid partition specified: gup" in said and "the partitions here are cpu*, gpu" in said
 
 
+def test_what_is_needed_is_there_or_is_made_by_another_job(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say(slurm, "squeue", "exit 0")
+    say(slurm, "sbatch", "echo 43")
+    assert submit("--checkpoint", "best.pt") == 4
+    assert "best.pt: does not exist, want it now, or --after the job" in capsys.readouterr().err
+    assert submit("--checkpoint", "best.pt", "--after", "42") == 0
+
+
 def test_nothing_is_queued_where_there_is_no_slurm(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (slurm / "srun").unlink()
     for words in ([], ["--test-only"]):
