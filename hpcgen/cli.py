@@ -97,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_export(verbs)
     _add_submit(verbs)
+    _add_status(verbs)
+    _add_doctor(verbs)
     return top
 
 
@@ -399,6 +401,54 @@ def _submitted(verb: str, words: list[str]) -> tuple[Path, list[Path], list[str]
     out = _Parser(prog=str(script), add_help=False, allow_abbrev=False)
     out.add_argument("--out", type=Path, required=True)
     return out.parse_known_args(words[1:])[0].out, [], [str(script.absolute()), *words[1:]]
+
+
+def _add_status(verbs: argparse._SubParsersAction) -> None:
+    status = verbs.add_parser("status", help="how a run stands: progress, rate, restarts and why, the last error")
+    status.add_argument(
+        "followed", type=Path, metavar="RUN", help="folder of a training, a campaign, a store being built"
+    )
+    status.add_argument("--json", action="store_true", help="as one JSON object")
+    status.set_defaults(run=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from hpcgen.launch.status import describe, render
+
+    told = describe(arguments.followed)
+    print(json.dumps(dataclasses.asdict(told), indent=1) if arguments.json else render(told))
+    return DONE
+
+
+def _add_doctor(verbs: argparse._SubParsersAction) -> None:
+    doctor = verbs.add_parser("doctor", help="what of this machine and cluster fits, and what to do about the rest; "
+                              "exit code 3 if something does not", allow_abbrev=False)  # fmt: skip
+    doctor.add_argument("--nodes", type=int, default=0, metavar="N", help="also sum over N nodes and greet by MPI, "
+                        "through srun; what follows -- goes to srun")  # fmt: skip
+    doctor.add_argument(
+        "--folder", type=Path, default=Path(), metavar="DIR", help="where runs are to be (default: here)"
+    )
+    doctor.add_argument("--json", action="store_true", help="as one JSON array")
+    doctor.add_argument("srun", nargs="*", metavar="-- FLAG", help="of srun, as --partition=gpu")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    import dataclasses
+    import json
+
+    from hpcgen.launch.doctor import examine, exit_code, render
+
+    if arguments.nodes < 0:
+        raise UsageError(f"--nodes {arguments.nodes}: want 1 or more")
+    if arguments.srun and not arguments.nodes:
+        raise UsageError(f"{arguments.srun[0]}: means nothing without --nodes")
+    found = examine(arguments.folder, arguments.nodes, arguments.srun)
+    print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=1) if arguments.json else render(found))
+    return exit_code(found)
 
 
 if __name__ == "__main__":

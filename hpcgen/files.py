@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -40,12 +41,15 @@ def storage_faults(path: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError) as fault:  # HDF5 raises both
         if is_storage_fault(fault):
-            raise StorageError(f"{path}: cannot write ({_reason(fault)}); what is already there is unharmed") from fault
+            raise StorageError(f"{path}: cannot write ({reason(fault)}); what is already there is unharmed") from fault
         raise
 
 
-def _reason(fault: BaseException) -> str:
-    return (getattr(fault, "strerror", None) or str(fault)).splitlines()[0]
+def reason(fault: BaseException) -> str:
+    """Why, in one line. HDF5 2 says it late, after a date with a line break: `error message = 'No space left …'`."""
+    told = re.search(r"error message = '([^']+)'", str(fault))
+    text = told[1] if told else getattr(fault, "strerror", None) or str(fault)
+    return (text.strip() or type(fault).__name__).splitlines()[0]
 
 
 def draft_of(path: Path, token: str) -> Path:

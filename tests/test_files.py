@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hpcgen.errors import StorageError
-from hpcgen.files import append_json_line, read_json_lines, whole, write_json
+from hpcgen.files import append_json_line, read_json_lines, reason, whole, write_json
 
 
 def test_whole_file_appears_at_the_end(tmp_path: Path) -> None:
@@ -103,3 +103,18 @@ def test_a_read_only_folder_is_a_storage_error(tiny_disk: Path) -> None:
     with pytest.raises(StorageError):
         append_json_line(tiny_disk / "events.jsonl", event="x")
     assert [p.name for p in tiny_disk.iterdir()] == ["old.json"]
+
+
+def test_the_reason_of_hdf5_is_not_its_date(tiny_disk: Path) -> None:
+    import h5py
+
+    def write(path: Path) -> None:
+        with whole(path) as draft, h5py.File(draft, "w") as file:
+            file["a"] = [0.0] * 20_000
+
+    with pytest.raises(StorageError, match=r"a\.h5: cannot write \(No space left on device\)"):
+        write(tiny_disk / "a.h5")
+    said = "Can't write (file write failed: time = Sat Nov 21\n, errno = 5, error message = 'Input/output error', buf"
+    assert reason(OSError(said)) == "Input/output error"
+    assert reason(OSError(28, "No space left on device")) == "No space left on device"
+    assert (reason(ValueError("one\ntwo")), reason(ValueError())) == ("one", "ValueError")

@@ -29,7 +29,11 @@ TORCH_FREE = [
     "hpcgen.train.config",
     "hpcgen.campaign.config",
     "hpcgen.models.autoperi_config",
+    "hpcgen.launch.status",
     "hpcgen.launch.submit",
+    "hpcgen.launch.place",
+    "hpcgen.launch.hello",
+    "hpcgen.launch.doctor",
 ]
 
 

@@ -30,6 +30,7 @@ from hpcgen.errors import (
     StoppedEarly,
 )
 from hpcgen.files import read_json_lines
+from hpcgen.launch.place import Place
 from hpcgen.models.batch import Batch
 from hpcgen.models.saved import MODEL, read_saved
 from hpcgen.train import loop
@@ -37,7 +38,6 @@ from hpcgen.train.config import TrainConfig, load
 from hpcgen.train.data import Group, groups, open_data
 from hpcgen.train.dist import Ranks
 from hpcgen.train.loop import backward, learning_rate, train
-from hpcgen.train.place import Place
 from hpcgen.train.state import State, average
 
 pytestmark = pytest.mark.usefixtures("threads_restored")

@@ -26,10 +26,11 @@ from hpcgen.errors import (
     UsageError,
 )
 from hpcgen.files import read_json_lines
+from hpcgen.launch.place import Place, find_place, first_host
 from hpcgen.models.registry import MODELS
 from hpcgen.models.saved import MODEL, read_saved
 from hpcgen.train.config import TrainConfig, load
-from hpcgen.train.place import Place, find_device, find_place, first_host
+from hpcgen.train.dist import find_device
 from hpcgen.train.state import KIND, read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("threads_restored")
@@ -369,6 +370,20 @@ def test_places() -> None:
     assert find_place({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1"}) == Place()
     one = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "SLURM_JOB_NUM_NODES": "4", "SLURM_STEP_NUM_TASKS": "1"}
     assert find_place({**one, "SLURM_PROCID": "0"}) == Place()
+    assert find_place({**one, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "8"}) == Place()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"SLURM_NTASKS": "16", "SLURM_NNODES": "4", "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "4"},  # srun
+        {"SLURM_NTASKS": "16", "SLURM_NNODES": "4", "SLURM_JOB_NUM_NODES": "8", "SLURM_NTASKS_PER_NODE": "8"},  # -N4
+        {"SLURM_NTASKS": "16", "SLURM_NNODES": "4", "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS_PER_NODE": "1"},  # -n16
+        {"PMI_SIZE": "16", "PMI_RANK": "9"},  # --mpi=pmi2
+    ],
+)
+def test_steps_that_may_be(more: dict[str, str]) -> None:
+    assert find_place({**SRUN, **more}) == find_place(SRUN)
 
 
 @pytest.mark.parametrize(
@@ -381,6 +396,11 @@ def test_places() -> None:
         ({**TORCHRUN, "RANK": "x"}, "RANK='x': want a whole number"),
         ({"PMI_SIZE": "4", "PMI_RANK": "1"}, "started by an MPI launcher"),
         ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS": "32"}, "outside of srun"),
+        ({**SRUN, "SLURM_NTASKS": "32"}, "SLURM_NTASKS=32, but this step has 16 .*: start it with `srun hpcgen train"),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "32"}, "=32, but this step has 1 "),
+        ({**SRUN, "SLURM_PROCID": "16"}, "this is number 16"),  # one part of a heterogeneous job
+        ({**SRUN, "SLURM_NTASKS_PER_NODE": "8"}, "16 tasks, but 4 nodes .* make 32: .*`srun --ntasks=32`"),
+        ({**SRUN, "PMI_SIZE": "32", "PMI_RANK": "1"}, "started by an MPI launcher"),  # mpiexec starts its own by srun
         ({name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"}, "where does rank 0 run"),
     ],
 )

@@ -256,4 +256,4 @@ def _default_processes(lease: Lease) -> int:
 
 
 def _log_event(lease: Lease, **record: Any) -> None:
-    append_json_line(lease.folder / "events.jsonl", **record)
+    append_json_line(lease.folder / "events.jsonl", **{"token": lease.team.token, **record})

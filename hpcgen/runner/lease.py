@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hpcgen.errors import StorageError
-from hpcgen.files import DRAFT, make_folder, storage_faults
+from hpcgen.errors import StoppedEarly, StorageError
+from hpcgen.files import DRAFT, append_json_line, make_folder, storage_faults
 from hpcgen.runner.owners import Life, Watch, create_whole, read_record, replace_quickly
 from hpcgen.runner.team import Team
 
@@ -136,6 +136,10 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if fault is not None and not isinstance(fault, StoppedEarly | KeyboardInterrupt):
+            told = {"rank": self.team.rank, "token": self.team.token, "kind": kind.__name__ if kind else ""}
+            with suppress(StorageError):
+                append_json_line(self.folder / "events.jsonl", event="error", **told, message=str(fault))
         self.release()
 
     @property

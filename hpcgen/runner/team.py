@@ -20,7 +20,7 @@ from typing import Any
 from hpcgen.errors import HpcgenError, SiteError, StoppedEarly
 
 log = logging.getLogger(__name__)
-_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")  # set by MPI launchers
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")  # set by MPI launchers
 _RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PALS_RANKID")
 _ADVICE = (
     "start it with the mpiexec of the MPI that mpi4py uses (python -m mpi4py --mpi-library), or under Slurm "
@@ -108,7 +108,7 @@ def find_team() -> Team:
     Raises SiteError if ranks were started that MPI does not join into one world, or mpi4py is missing.
     """
     env = os.environ
-    if any(name in env for name in (*_SIZES, *_RANKS)):
+    if any(name in env for name in (*MPI_SIZES, *_RANKS)):
         started = _started_ranks(env)
         if started != 1:
             return _mpi_team(env, started)
@@ -118,7 +118,7 @@ def find_team() -> Team:
 
 
 def _started_ranks(env: Mapping[str, str]) -> int | None:
-    for name in (*_SIZES, "SLURM_STEP_NUM_TASKS"):
+    for name in (*MPI_SIZES, "SLURM_STEP_NUM_TASKS"):
         if name in env:
             return env_number(env, name, 1)
     return None

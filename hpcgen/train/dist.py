@@ -22,14 +22,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hpcgen.errors import HpcgenError, SiteError, StoppedEarly
+from hpcgen.files import reason
+from hpcgen.launch.meet import meet
+from hpcgen.launch.place import Place
+from hpcgen.models.load import usable_gpus
 from hpcgen.runner.stop import SIGNALS
 from hpcgen.runner.team import exit_code, tell_script
-from hpcgen.train.place import Place
 
 log = logging.getLogger(__name__)
 _GRACE_S = 5.0  # the rank that keeps the store waits so long for the others to have read it
 _SELF_S = 10.0  # rank 0, which owns the run folder, gets so long to leave in order
-_KNOCK = timedelta(seconds=3)
 
 
 class ToldByAnother(HpcgenError):
@@ -112,7 +114,7 @@ class Ranks:
             self.store.add("left", 1)
             return told
         except RuntimeError as fault:
-            log.warning("rank %d: rank 0 left without a word (%s)", self.rank, _line(fault))
+            log.warning("rank %d: rank 0 left without a word (%s)", self.rank, reason(fault))
             return code
 
     def _account(self, fault: BaseException) -> tuple[int, str]:
@@ -133,7 +135,7 @@ class Ranks:
                 if isinstance(fault, HpcgenError) and known and number > 1:  # agreed by all: once is enough
                     said = ""
                 elif _is_echo(fault):
-                    code, said = SiteError.exit_code, f"{where}: another rank ended without a word ({_line(fault)})"
+                    code, said = SiteError.exit_code, f"{where}: another rank ended without a word ({reason(fault)})"
                 self.store.set("fault", json.dumps({"code": code, "rank": self.rank}))
             if self.rank == 0:
                 self.store.set("saved", str(code))
@@ -141,7 +143,7 @@ class Ranks:
             else:
                 self.store.add("left", 1)
         except RuntimeError as lost:  # the store went down with rank 0
-            said = said or f"{where}: {_line(fault)} ({_line(lost)})"
+            said = said or f"{where}: {reason(fault)} ({reason(lost)})"
         return code, said
 
     def _watch(self) -> None:
@@ -175,13 +177,27 @@ class Ranks:
             time.sleep(0.02)
 
 
+def find_device(wanted: str, place: Place) -> torch.device:
+    """The GPU of this process, or the CPU. Raises SiteError where there are more processes on a node than GPUs."""
+    count = usable_gpus(wanted)
+    if not count:
+        return torch.device("cpu")
+    at = 0 if count == 1 else place.local_rank
+    if at >= count:
+        raise SiteError(
+            f"rank {place.rank} is number {at} on its node, which shows {count} GPUs: want one task for each GPU "
+            f"(--ntasks-per-node={count})"
+        )
+    return torch.device("cuda", at)
+
+
 def join(place: Place, device: torch.device, timeout_s: float) -> Ranks:
     """Meet the other ranks, and prove by a sum that all are there. Raises SiteError."""
     if place.world == 1:
         return Ranks(place, device)
     timeout = timedelta(seconds=timeout_s)
     try:
-        store = _meet(place, timeout)
+        store = meet(place, timeout)
         own = dist.PrefixStore("hpcgen", store)
         own.set_timeout(timeout)
         _refuse_shared_gpus(own, place, device)
@@ -195,66 +211,11 @@ def join(place: Place, device: torch.device, timeout_s: float) -> Ranks:
         dist.all_reduce(count)
     except (RuntimeError, ValueError) as fault:
         raise SiteError(
-            f"rank {place.rank} of {place.world} could not meet the others at {place.address} "
-            f"within {timeout_s:.0f} s: {_line(fault)}"
+            f"rank {place.rank} of {place.world} could not meet the others within {timeout_s:.0f} s: {reason(fault)}"
         ) from fault
     if int(count.item()) != place.world:
         raise SiteError(f"{place.kind} started {place.world} ranks, but {int(count.item())} answer")
     return Ranks(place, device, own)
-
-
-def _meet(place: Place, timeout: timedelta) -> dist.Store:
-    if place.kind == "torchrun":
-        from torch.distributed.rendezvous import rendezvous
-
-        return next(rendezvous("env://", place.rank, place.world, timeout=timeout))[0]
-    if place.rank == 0:
-        return _host(place, timeout)
-    end = time.monotonic() + timeout.total_seconds()
-    fault: Exception | None = None
-    while time.monotonic() < end:
-        for port in place.ports:
-            try:
-                return _knock(place, port, timeout)
-            except RuntimeError as met:  # not there yet, or another's
-                fault = met
-    raise RuntimeError(f"nobody answers at ports {', '.join(map(str, place.ports))} ({_line(fault)})")
-
-
-def _knock(place: Place, port: int, timeout: timedelta) -> dist.Store:
-    """The store at a port, if it is that of this launch; RuntimeError if not."""
-    met: list[dist.Store | RuntimeError] = []
-
-    def try_it() -> None:
-        try:
-            store = dist.TCPStore(place.address, port, None, False, timeout=_KNOCK)
-            told = store.get("token").decode()
-            store.set_timeout(timeout)
-            met.append(store if told == place.token else RuntimeError(f"port {port} is that of job {told}"))
-        except RuntimeError as fault:
-            met.append(fault)
-
-    thread = threading.Thread(target=try_it, name="knock", daemon=True)  # for ever, where somebody listens in silence
-    thread.start()
-    thread.join(2 * _KNOCK.total_seconds())
-    if not met:
-        raise RuntimeError(f"port {port} belongs to somebody else")
-    if isinstance(met[0], RuntimeError):
-        raise met[0]
-    return met[0]
-
-
-def _host(place: Place, timeout: timedelta) -> dist.Store:
-    fault: Exception | None = None
-    for port in place.ports:
-        try:
-            store = dist.TCPStore("localhost", port, None, True, timeout=timeout, wait_for_workers=False)
-        except RuntimeError as met:  # taken
-            fault = met
-            continue
-        store.set("token", place.token)
-        return store
-    raise RuntimeError(f"ports {', '.join(map(str, place.ports))} are taken ({_line(fault)})")
 
 
 def _refuse_shared_gpus(store: dist.Store, place: Place, device: torch.device) -> None:
@@ -280,10 +241,6 @@ def _is_echo(fault: BaseException) -> bool:
 
 def _trace(fault: BaseException) -> str:
     return "".join(traceback.format_exception(fault)).rstrip()
-
-
-def _line(fault: BaseException | None) -> str:
-    return (str(fault) or type(fault).__name__).splitlines()[0]
 
 
 def _leave(code: int) -> None:

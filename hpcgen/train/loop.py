@@ -19,18 +19,18 @@ from hpcgen.config import to_yaml
 from hpcgen.diffusion.draw import Draw
 from hpcgen.errors import Diverged, SiteError, StoppedEarly, StorageError
 from hpcgen.files import append_json_line, write_whole
+from hpcgen.launch.place import find_place
 from hpcgen.models.batch import Batch
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.progress import launch_facts
 from hpcgen.runner.stop import StopFlag
-from hpcgen.runner.team import Team
+from hpcgen.runner.team import Team, env_number
 from hpcgen.store.batches import Share, StoreBatches
 from hpcgen.store.layout import sha256_of
 from hpcgen.train.config import TrainConfig
 from hpcgen.train.data import Data, Group, groups, open_data
-from hpcgen.train.dist import Ranks, join
+from hpcgen.train.dist import Ranks, find_device, join
 from hpcgen.train.journal import Journal
-from hpcgen.train.place import find_device, find_place
 from hpcgen.train.saving import Saver
 from hpcgen.train.state import (
     Progress,
@@ -232,7 +232,8 @@ def _own(config: TrainConfig, data: Data, ranks: Ranks, held: ExitStack) -> tupl
     lease: list[Lease] = []
 
     def take() -> None:
-        team = Team(ranks.place.kind, 0, ranks.world, uuid.uuid4().hex[:12], os.environ.get("SLURM_JOB_ID", ""))
+        job, restart = os.environ.get("SLURM_JOB_ID", ""), env_number(os.environ, "SLURM_RESTART_COUNT", 0)
+        team = Team(ranks.place.kind, 0, ranks.world, uuid.uuid4().hex[:12], job, restart)
         run = Path(config.out)
         lease.append(held.enter_context(Lease.take(run, team, sweep=(run, run / "checkpoints"))))
 
@@ -332,13 +333,14 @@ def _note_validation(losses: dict[str, float], state: State, saver: Saver | None
 
 
 def _log_end(saver: Saver | None, progress: Progress, fault: BaseException | None) -> None:
-    """The last line of events.jsonl; a disk that takes no more has said so already."""
-    if saver is None:
+    """The last line of events.jsonl, but for errors, which the lease notes; a full disk has said so already."""
+    if saver is None or not (fault is None or isinstance(fault, StoppedEarly | KeyboardInterrupt)):
         return
     if fault is None:
         best = f", best validation loss {progress.best:.5g} at step {progress.best_step}" if progress.best_step else ""
         log.info("%s: %d steps done, %d crystals seen%s", saver.run, progress.step, progress.crystals, best)
-    told = {"event": "done" if fault is None else "stop", "step": progress.step, "reason": str(fault or "")}
+    reason = "" if fault is None else str(fault) or "stopped early (SIGINT)"
+    told = {"event": "done" if fault is None else "stop", "step": progress.step, "reason": reason}
     try:
         append_json_line(saver.run / "events.jsonl", **told)
     except StorageError:

@@ -1,18 +1,15 @@
-"""Which processes train together, from their environment: alone, under torchrun, under srun; and on which device."""
+"""Which processes train together, from their environment: alone, under torchrun, under srun."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from hpcgen.errors import SiteError
-from hpcgen.models.load import usable_gpus
-from hpcgen.runner.team import env_number
+from hpcgen.runner.team import MPI_SIZES, env_number
 
-_LOCAL = ("localhost", "127.0.0.1", "::1")
-_MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PALS_SIZE")
+LOCAL = ("localhost", "127.0.0.1", "::1")
 _FIRST_PORT, _PORTS, _TRIES = 20000, 12768, 8  # below the system's own, which are given out from 32768 on
+_ADVICE = "start it with `srun hpcgen train …`, or on one alone with `srun -N1 -n1 hpcgen train …`"
 
 
 @dataclass(frozen=True)
@@ -33,17 +30,18 @@ def find_place(env: Mapping[str, str]) -> Place:
     """How this process was started, from its environment. Raises SiteError where that is not clear."""
     if "RANK" in env or "LOCAL_RANK" in env:
         return _torchrun_place(env)
-    if "SLURM_PROCID" in env and env_number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
-        return _srun_place(env)
-    for name in _MPI_SIZES:
-        if env_number(env, name, 1) > 1:
+    tasks = env_number(env, "SLURM_STEP_NUM_TASKS", 1) if "SLURM_PROCID" in env else 1
+    for name in MPI_SIZES:
+        if env_number(env, name, 1) not in (1, tasks):
             raise SiteError(f"started by an MPI launcher ({name}={env[name]}): training wants torchrun or srun")
+    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        _refuse_missing_tasks(env)
+        return _srun_place(env) if tasks > 1 else Place()
     if "SLURM_JOB_ID" in env and "SLURM_STEP_ID" not in env:
         nodes, tasks = env_number(env, "SLURM_JOB_NUM_NODES", 1), env_number(env, "SLURM_NTASKS", 1)
         if nodes > 1 or tasks > 1:
             raise SiteError(
-                f"the job has {nodes} nodes and {tasks} tasks, but this is one process outside of srun: start it with "
-                "`srun hpcgen train …`, or on one alone with `srun -N1 -n1 hpcgen train …`"
+                f"the job has {nodes} nodes and {tasks} tasks, but this is one process outside of srun: {_ADVICE}"
             )
     return Place()
 
@@ -60,6 +58,28 @@ def _torchrun_place(env: Mapping[str, str]) -> Place:
     _refuse_local(env["MASTER_ADDR"], nodes)
     ports = (env_number(env, "MASTER_PORT", 29500),)
     return Place("torchrun", rank, world, local, nodes, env["MASTER_ADDR"], ports, env.get("TORCHELASTIC_RUN_ID", ""))
+
+
+def _refuse_missing_tasks(env: Mapping[str, str]) -> None:
+    """Raises SiteError where this step has fewer tasks than it was meant to have.
+
+    SLURM_NTASKS is that of the step, `srun -n1` in a large job included, but for --preserve-env, which salloc gives
+    its shell: one task of many. SLURM_NTASKS_PER_NODE is that of the job unless srun has its own, so it says nothing
+    of one task or of some of the nodes; more tasks than it says are what `srun --ntasks` asked for.
+    """
+    rank, tasks = env_number(env, "SLURM_PROCID", 0), env_number(env, "SLURM_STEP_NUM_TASKS", 1)
+    asked = env_number(env, "SLURM_NTASKS", tasks)
+    if max(asked, rank + 1) > tasks:
+        told = f"SLURM_NTASKS={asked}, but this step has {tasks} (SLURM_STEP_NUM_TASKS), and this is number {rank}"
+        raise SiteError(f"{told}: {_ADVICE}")
+    nodes = env_number(env, "SLURM_STEP_NUM_NODES", env_number(env, "SLURM_NNODES", 1))
+    meant = nodes * env_number(env, "SLURM_NTASKS_PER_NODE", 0)
+    if 1 < tasks < meant and nodes == env_number(env, "SLURM_JOB_NUM_NODES", nodes):
+        raise SiteError(
+            f"this step has {tasks} tasks, but {nodes} nodes with SLURM_NTASKS_PER_NODE={meant // nodes} make {meant}: "
+            f"start it with `srun --ntasks={meant}`, or if {tasks} are meant with "
+            f"`srun --ntasks={tasks} --ntasks-per-node={-(-tasks // nodes)}`"
+        )
 
 
 def _srun_place(env: Mapping[str, str]) -> Place:
@@ -82,7 +102,7 @@ def _srun_place(env: Mapping[str, str]) -> Place:
 
 
 def _refuse_local(address: str, nodes: int) -> None:
-    if nodes > 1 and address in _LOCAL:
+    if nodes > 1 and address in LOCAL:
         raise SiteError(f"rank 0 is to be met at {address}, but there are {nodes} nodes: want its name on the network")
 
 
@@ -92,17 +112,3 @@ def first_host(listed: str) -> str:
     if head is None:
         raise SiteError(f"node list {listed!r}: cannot be read")
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", head.group())
-
-
-def find_device(wanted: str, place: Place) -> torch.device:
-    """The GPU of this process, or the CPU. Raises SiteError where there are more processes on a node than GPUs."""
-    count = usable_gpus(wanted)
-    if not count:
-        return torch.device("cpu")
-    at = 0 if count == 1 else place.local_rank
-    if at >= count:
-        raise SiteError(
-            f"rank {place.rank} is number {at} on its node, which shows {count} GPUs: want one task for each GPU "
-            f"(--ntasks-per-node={count})"
-        )
-    return torch.device("cuda", at)
