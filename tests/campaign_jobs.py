@@ -41,7 +41,7 @@ def make_checkpoint(path: Path, *, seed: int = 0, poison: int = 0, **settings: A
         if config.conditions:
             model.condition_range[0] = torch.tensor([1.0, 1.0, 0.0, 6.0])
         if poison:
-            model.network.element.weight[poison] = torch.nan
+            model.network.properties[poison] = torch.nan
     write_model(path, "autoperi", asdict(config), model.state_dict(), {})
     return path
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import lattice_from_log_metric, log_metric
-from hpcgen.crystal.torus import shortest_step
+from hpcgen.crystal.torus import shortest_step, wrap
 from hpcgen.diffusion.draw import Draw, Purpose
 from hpcgen.diffusion.flow import SPREAD, centred
 from hpcgen.errors import InputError
@@ -97,12 +97,21 @@ def test_translation_and_rotation_leave_the_loss_alone(seen: AutoPeri) -> None:
         assert not close(losses_of(net, Crystals.cat([*each[:k], stretched, *each[k + 1 :]]), noise, known), plain)
 
 
+def test_a_mirror_image_is_learned_as_the_crystal_it_is(seen: AutoPeri) -> None:
+    net, of = seen, crystals()
+    noise, known = setting(net, of)
+    other, flipped = replace(of, frac_coords=wrap(-of.frac_coords)), replace(noise, mirrored=~noise.mirrored)
+    plain = losses_of(net, of, noise, known)
+    assert close(losses_of(net, other, flipped, known), plain)
+    assert not close(losses_of(net, of, flipped, known), plain)
+
+
 def test_relabelling_atoms_relabels_the_noise_and_nothing_else(seen: AutoPeri) -> None:
     net, of = seen, quartz(1)
     noise, known = setting(net, of)
     order = torch.tensor([4, 0, 8, 2, 1, 7, 3, 5, 6])
     other = Crystals(of.frac_coords[order], of.lattice, of.atomic_numbers[order], of.num_atoms)
-    same_noise = Noise(noise.t, noise.sites[:, order], noise.lattice, noise.hide[:, order])
+    same_noise = Noise(noise.t, noise.mirrored, noise.sites[:, order], noise.lattice, noise.hide[:, order])
     plain = losses_of(net, of, noise, known)
     assert close(losses_of(net, other, same_noise, known), plain)
     assert not close(losses_of(net, other, noise, known), plain)
@@ -137,7 +146,9 @@ def test_padding_and_batching_change_nothing(seen: AutoPeri) -> None:
     alone = []
     for k in range(len(of)):
         atoms = int(of.num_atoms[k])
-        one = Noise(noise.t[[k]], noise.sites[[k], :atoms], noise.lattice[[k]], noise.hide[[k], :atoms])
+        one = Noise(
+            noise.t[[k]], noise.mirrored[[k]], noise.sites[[k], :atoms], noise.lattice[[k]], noise.hide[[k], :atoms]
+        )
         own = Known(known.species[[k]], known.conditions[[k]], known.elements[[k]])
         alone.append(losses_of(net, of[k], one, own))
     mean = {name: torch.stack([each[name] for each in alone]).mean() for name in plain}

@@ -47,7 +47,7 @@ def test_64_crystals_are_learned_by_heart(tmp_path: Path) -> None:
 
     made = tmp_path / "campaign"
     campaign(CampaignConfig(formulas=str(tmp_path / "few"), per_formula=3, checkpoint=str(tmp_path / "run/last.pt"),
-                            out=str(made), steps=50, churn=0.5, speed=5.0))  # fmt: skip
+                            out=str(made), steps=50, churn=1.0, speed=5.0))  # fmt: skip
     samples, place = Store(made, dtype=None), {id: at for at, id in enumerate(rows.ids)}
     targets = samples.column("target").values
     found = [Comparison().match(samples[k].crystals, rows.crystals[place[targets[k]]]) for k in range(len(samples))]

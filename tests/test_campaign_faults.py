@@ -160,7 +160,7 @@ def test_a_read_only_folder_ends_with_7(checkpoint: Path, small_disk: Path) -> N
 CHANGES = [
     ({"seed": 1}, "seed = 0, now it is 1"),
     ({"steps": 3}, "steps = 2, now it is 3"),
-    ({"churn": 1.0}, "churn = 0.5, now it is 1.0"),
+    ({"churn": 0.5}, "churn = 1.0, now it is 0.5"),
     ({"guidance": 2.0, "conditions": {"band_gap": 1.0}}, "conditions = "),
     ({"tile": 32}, "tile = 16, now it is 32"),
     ({"block": 64}, "block = 32, now it is 64"),

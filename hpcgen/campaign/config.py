@@ -44,7 +44,7 @@ class CampaignConfig:
     elements: str = ""  # chemical system, as Li-P-S
     num_atoms: str = ""  # 12, or 4-20; the sizes of the training crystals
     steps: int = 25  # this and the next two: chosen with the packaged model, see models/checkpoints/autoperi.md
-    churn: float = 0.5
+    churn: float = 1.0
     speed: float = 5.0
     guidance: float = 1.0
 

@@ -60,6 +60,13 @@ def magpie_features(atomic_numbers: np.ndarray | Tensor, num_atoms: np.ndarray |
     return stacked.reshape(len(sizes), -1)
 
 
+def element_properties() -> np.ndarray:
+    """Magpie's properties of the elements, each of mean 0 and deviation 1 over 1 to 118. (119, 22), row 0 all zero."""
+    known = _table()[1:]
+    scaled = (known - known.mean(axis=0)) / known.std(axis=0)
+    return np.concatenate([np.zeros((1, len(PROPERTIES))), scaled])
+
+
 def _check(numbers: np.ndarray, sizes: np.ndarray) -> None:
     if numbers.size and not (numbers.min() >= 1 and numbers.max() < len(SYMBOLS)):
         raise ValueError(f"atomic numbers {numbers.min()} to {numbers.max()}, want 1 to {len(SYMBOLS) - 1}")

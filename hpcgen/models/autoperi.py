@@ -13,6 +13,7 @@ crystal: the edges of the crystal itself would tell where its atoms belong.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class Noise:
     """The chance in one training step of B crystals of up to N atoms."""
 
     t: Tensor  # (B,) in [0, 1)
+    mirrored: Tensor  # (B,) bool: the mirror image is learned, which is as good a crystal
     sites: Tensor  # (B, N, 3) uniform in [-1/2, 1/2): the way of each site, in cell units
     lattice: Tensor  # (B, 6) standard normal
     hide: Tensor  # (B, N) uniform: an element is hidden where it is below t
@@ -128,6 +130,10 @@ class AutoPeri(nn.Module):
             model.condition_range[at] = torch.stack(stats)
         return model
 
+    def compile(self, *arguments: Any, **settings: Any) -> None:
+        """The network alone, for all sizes: noise is made of whole numbers, which compiled code may round otherwise."""
+        self.network.compile(*arguments, **{"dynamic": True, **settings})
+
     # ---- learning ----------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
@@ -140,8 +146,10 @@ class AutoPeri(nn.Module):
     def noise(self, batch: Batch, draw: Draw, length: int) -> Noise:
         """A function of (seed, step, sample, site)."""
         index, step, dtype = batch.index, batch.step, batch.crystals.frac_coords.dtype
+        chance = draw.uniform(Purpose.TIME, index, step, channels=2)
         return Noise(
-            draw.uniform(Purpose.TIME, index, step)[:, 0].to(dtype),
+            chance[:, 0].to(dtype),
+            chance[:, 1] < 0.5,
             draw.uniform(Purpose.SITE, index, step, length, 3).to(dtype) - 0.5,
             draw.normal(Purpose.LATTICE, index, step, channels=6, dtype=dtype),
             draw.uniform(Purpose.SPECIES, index, step, length)[..., 0].to(dtype),
@@ -160,7 +168,8 @@ class AutoPeri(nn.Module):
         """The loss and its parts for given noise."""
         config, mask, t = self.config, dense.mask, noise.t
         lattice_sigma = self.lattice_noise.at(t)[:, None]
-        sites = wrap(dense.frac + t[:, None, None] * noise.sites) * mask.unsqueeze(-1)
+        frac = torch.where(noise.mirrored[:, None, None], -dense.frac, dense.frac)
+        sites = wrap(frac + t[:, None, None] * noise.sites) * mask.unsqueeze(-1)
         clean = self.standard_lattice(dense.lattice, dense.num_atoms)
         lattice = clean + lattice_sigma * noise.lattice
         hidden = (noise.hide < t[:, None]) & ~known.species[:, None] & mask

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hpcgen.crystal.magpie import element_properties
 from hpcgen.nn.basis import Images, Reach, fourier, nearest_images, radial
 
 ELEMENTS = 118
@@ -41,13 +42,22 @@ class Reading:
 
 
 class CrystalTransformer(nn.Module):
-    """Unchanged by translation and rotation of the crystal; atoms relabelled relabel what it says."""
+    """Unchanged by translation and rotation of the crystal; atoms relabelled relabel what it says.
+
+    An element is known by its properties (Magpie's; Ward et al. 2016), not by its number alone: what is learned of one
+    is learned of its kin.
+    """
+
+    properties: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         width, pair = shape.width, shape.pair_width
-        self.element = nn.Embedding(ELEMENTS + 1, width)  # 0: not known yet
+        unknown = torch.zeros(ELEMENTS + 1, 1).index_fill(0, torch.tensor([0]), 1.0)
+        properties = torch.from_numpy(element_properties()).float()
+        self.register_buffer("properties", torch.cat([properties, unknown], 1))  # row 0: an element not known yet
+        self.element = nn.Sequential(nn.Linear(self.properties.shape[1], width), nn.SiLU(), nn.Linear(width, width))
         self.told = nn.Sequential(nn.Linear(shape.told, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 6 * width)
         self.pair_in = nn.Linear(6 * shape.frequencies + shape.radial + 4, pair)
@@ -70,7 +80,7 @@ class CrystalTransformer(nn.Module):
         True where an atom is; reach: which atoms see each other, None for all."""
         crystal = self.told(told)  # (B, width)
         modulation = self.modulation(functional.silu(crystal)).unflatten(-1, (6, -1))  # (B, 6, width)
-        atoms = self.element(species) + crystal.unsqueeze(1)
+        atoms = self.element(self.properties)[species] + crystal.unsqueeze(1)
         images = nearest_images(frac, lattice)
         pairs = self._pairs(images, crystal, atoms)  # (B, N, N, pair)
         joined = mask.unsqueeze(1).expand(-1, mask.shape[1], -1)  # (B, N, N): what an atom attends to
