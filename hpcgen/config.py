@@ -23,10 +23,10 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: Itera
     if file is not None:
         merged = _merge(base, merged, _read_yaml(Path(file)), str(file))
     for word in overrides:
-        key, equals, _ = word.partition("=")
+        key, equals, value = word.partition("=")
         if not equals or not key:
             raise UsageError(f"{word!r}: want key=value, for example seed=1")
-        merged = _merge(base, merged, _from_word(word), word)
+        merged = _merge(base, merged, _from_word(word if value else f"{key}=''"), word)
     return _instance(merged)
 
 

@@ -32,9 +32,14 @@ def test_defaults_then_file_then_words(tmp_path: Path) -> None:
     assert load_config(Example, again) == config
 
 
+def test_nothing_behind_the_equals_sign_is_an_empty_text() -> None:
+    assert load_config(Example, None, ["name="]).name == ""
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (["seed="], "seed"),
         (["sed=1"], "did you mean seed?"),
         (["edges.cutof=1"], "did you mean edges.cutoff?"),
         (["seed=abc"], "seed"),

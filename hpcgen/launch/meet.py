@@ -1,5 +1,6 @@
 """How the ranks of one launch find each other: through a key-value store that the first of them keeps."""
 
+import socket
 import threading
 import time
 from datetime import timedelta
@@ -10,6 +11,7 @@ from hpcgen.files import reason
 from hpcgen.launch.place import Place
 
 _KNOCK = timedelta(seconds=3)
+_PAUSE_S = 0.2
 
 
 def meet(place: Place, timeout: timedelta) -> dist.Store:
@@ -27,13 +29,16 @@ def meet(place: Place, timeout: timedelta) -> dist.Store:
         for port in place.ports:
             try:
                 return _knock(place, port, timeout)
-            except RuntimeError as fault:  # not there yet, or another's
+            except (RuntimeError, OSError) as fault:  # no such name, not there yet, or another's
                 why = reason(fault)
+        time.sleep(_PAUSE_S)
     raise RuntimeError(f"nobody answers at {place.address}, ports {', '.join(map(str, place.ports))} ({why})")
 
 
 def _knock(place: Place, port: int, timeout: timedelta) -> dist.Store:
-    """The store at a port, if it is that of this launch; RuntimeError if not."""
+    """The store at a port, if it is that of this launch. Raises RuntimeError if not, OSError where nobody listens."""
+    with socket.create_connection((place.address, port), timeout=_KNOCK.total_seconds()):
+        pass  # torch would fill the log while there is nobody
     met: list[dist.Store | RuntimeError] = []
 
     def try_it() -> None:
