@@ -61,13 +61,19 @@ def test_the_first_campaign(tmp_path: Path) -> None:
     assert list((tmp_path / "campaign-cifs").glob("*.cif"))
 
 
-def test_every_command_of_hpcgen_is_one() -> None:
-    from hpcgen.cli import parser
+def test_every_command_of_hpcgen_is_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from hpcgen.cli import main, parser
 
-    commands = [line for line in shell_lines() if line.startswith("hpcgen ")]
-    assert len(commands) > 8
-    for line in commands:
-        parser().parse_args(shlex.split(line)[1:])
+    monkeypatch.chdir(ROOT)
+    known = {"$HPCGEN_STORE": "store", "$job": "17"}
+    lines = [re.sub("|".join(map(re.escape, known)), lambda met: known[met[0]], line) for line in shell_lines()]
+    commands = [found[1] for line in lines if (found := re.match(r"(?:job=\$\()?(hpcgen [^)]*)", line))]
+    assert len(commands) > 12
+    for words in (shlex.split(command)[1:] for command in commands):
+        if words[0] == "submit":  # reads the command of its verb itself
+            assert main([*words, "--dry-run"]) == 0, capsys.readouterr().err
+        else:
+            parser().parse_args(words)
 
 
 def scripts() -> list[str]:

@@ -17,9 +17,10 @@ from hpcgen.errors import HpcgenError, StoppedEarly
 from hpcgen.files import append_json_line, draft_of
 from hpcgen.runner.board import Block, Board, Outcome, Task, keep_of
 from hpcgen.runner.cores import usable_cores
+from hpcgen.runner.events import EVENTS, launch_facts, note_start
 from hpcgen.runner.guard import Guard, Inline
 from hpcgen.runner.lease import Lease
-from hpcgen.runner.progress import Progress, launch_facts
+from hpcgen.runner.progress import Progress
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.worker import Cursor, Died, Finished, Job, Raised, Result, Stopped, Work, error_named
 
@@ -66,8 +67,7 @@ def run_blocks(
     if not board.open:
         return board.outcome()
     if lease.is_taker and how.label:
-        _log_event(lease, event="start", label=how.label, blocks=len(blocks), missing=len(board.open),
-                   **launch_facts(lease.team))  # fmt: skip
+        note_start(lease.folder, launch_facts(lease.team), label=how.label, blocks=len(blocks), missing=len(board.open))
     return _Run(board, work, lease, flag, how).all()
 
 
@@ -256,4 +256,4 @@ def _default_processes(lease: Lease) -> int:
 
 
 def _log_event(lease: Lease, **record: Any) -> None:
-    append_json_line(lease.folder / "events.jsonl", **{"token": lease.team.token, **record})
+    append_json_line(lease.folder / EVENTS, **{"token": lease.team.token, **record})

@@ -1,12 +1,8 @@
-"""How far the work is: a bar on a terminal, else a line now and then; and the facts of a launch."""
+"""How far the work is: a bar on a terminal, else a line now and then."""
 
 import logging
-import platform
 import sys
 import time
-from contextlib import suppress
-from importlib import metadata
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -61,35 +57,6 @@ class Progress:
             self._bar.close()
         elif self._loud and time.monotonic() - self._start > 1.0:
             self._say()
-
-
-def launch_facts(team: Team) -> dict[str, Any]:
-    """What the event log keeps of a start: who, where, with which versions."""
-    facts: dict[str, Any] = {
-        "team": team.kind, "size": team.size, "rank": team.rank, "token": team.token, "job": team.job,
-        "restart": team.restart, "host": platform.node(), "argv": sys.argv,
-        "python": platform.python_version(),
-    }  # fmt: skip
-    for package in ("hpcgen", "numpy", "torch", "h5py", "pymatgen"):
-        with suppress(metadata.PackageNotFoundError):
-            facts[package] = metadata.version(package)
-    revision = git_revision(Path(__file__).resolve().parents[2])
-    return facts | ({"git": revision} if revision else {})
-
-
-def git_revision(root: Path) -> str:
-    """The commit checked out at `root`, read from its files; empty if it is none."""
-    with suppress(OSError):
-        head = (root / ".git" / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head
-        ref = head.removeprefix("ref: ")
-        with suppress(OSError):
-            return (root / ".git" / ref).read_text().strip()
-        for line in (root / ".git" / "packed-refs").read_text().splitlines():
-            if line.endswith(" " + ref):
-                return line.split()[0]
-    return ""
 
 
 def _span(seconds: float) -> str:

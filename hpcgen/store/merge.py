@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from hpcgen.errors import InputError, StoppedEarly, UsageError
 from hpcgen.files import DRAFT, draft_of, storage_faults
+from hpcgen.runner.events import EVENTS
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team
@@ -85,6 +86,7 @@ def _own_draft(out: Path) -> Iterator[tuple[Path, Lease]]:
                 shutil.rmtree(draft, ignore_errors=True)
     finally:
         with suppress(OSError):  # another merge is in it
+            (room / EVENTS).unlink(missing_ok=True)
             room.rmdir()
 
 

@@ -21,8 +21,8 @@ from hpcgen.errors import Diverged, SiteError, StoppedEarly, StorageError
 from hpcgen.files import append_json_line, write_whole
 from hpcgen.launch.place import find_place
 from hpcgen.models.batch import Batch
+from hpcgen.runner.events import EVENTS, launch_facts, note_start
 from hpcgen.runner.lease import Lease
-from hpcgen.runner.progress import launch_facts
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team, env_number
 from hpcgen.store.batches import Share, StoreBatches
@@ -263,7 +263,7 @@ def _resume(config: TrainConfig, state: State, data: Data, saver: Saver | None, 
         elif saver.checkpoints.listed():
             log.warning("%s: no checkpoint there can be used, starting from the beginning", saver.checkpoints.folder)
         write_whole(saver.run / "config.yaml", to_yaml(config))
-        append_json_line(saver.run / "events.jsonl", event="start", device=str(ranks.device), **saver.facts, **told)
+        note_start(saver.run, saver.facts, device=str(ranks.device), **told)
         return told if newest is not None else None
 
     told = ranks.from_first(choose)
@@ -342,6 +342,6 @@ def _log_end(saver: Saver | None, progress: Progress, fault: BaseException | Non
     reason = "" if fault is None else str(fault) or "stopped early (SIGINT)"
     told = {"event": "done" if fault is None else "stop", "step": progress.step, "reason": reason}
     try:
-        append_json_line(saver.run / "events.jsonl", **told)
+        append_json_line(saver.run / EVENTS, **told)
     except StorageError:
         log.debug("events.jsonl could not be written")
