@@ -84,7 +84,7 @@ class _Executor(SlurmExecutor):
     job: Job
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return render(self.job, command)
+        return render(self.job, f"env SUBMITIT_EXECUTOR=slurm {command}")  # without it a task does not know where it is
 
     def _submit_command(self, command: str) -> SlurmJob:
         draft = Path(self.folder) / f"{self.job.name}.sh"
