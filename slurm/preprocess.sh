@@ -35,8 +35,8 @@ if [ "$#" -eq 0 ]; then
 fi
 
 export OMP_NUM_THREADS=1
-export HPCGEN_FAILED="$store/submit/failed-$SLURM_JOB_ID"
-rm -f "$HPCGEN_FAILED"
+# Of this start alone: ranks on a lost node may live on.
+export HPCGEN_FAILED="$store/submit/failed-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 mpi=none
 if [ "$SLURM_NTASKS" -gt 1 ]; then mpi=${HPCGEN_MPI:-pmix}; fi
 srun --kill-on-bad-exit=1 --mpi="$mpi" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
@@ -45,10 +45,10 @@ code=$?
 
 if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
     exit "$(cat "$HPCGEN_FAILED")"
-elif [ "$code" -ne 75 ] && [ "$code" -ne 143 ]; then
+elif [ "$code" -ne 75 ] && [ "$code" -ne 140 ] && [ "$code" -ne 143 ]; then
     exit "$code"
 fi
-# 75: stopped early, all is saved. 143: ended by a signal before that. Both go on from what is saved, in the same job.
+# 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
 case $(scontrol show job "$SLURM_JOB_ID") in
 *JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
     echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"

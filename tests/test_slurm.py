@@ -144,6 +144,14 @@ def test_a_job_out_of_time_is_queued_again_and_ends(cluster: Cluster, store: Pat
     assert int(cluster.show(job)["Restarts"]) >= 1 and step_of(tmp_path) == steps
 
 
+def test_a_job_that_is_told_before_it_has_begun_is_queued_again(cluster: Cluster, store: Path, tmp_path: Path) -> None:
+    job = sbatch(cluster, 1, "train_mp20.sh", *TINY, "steps=5", HPCGEN_STORE=str(store), HPCGEN_RUN=str(tmp_path))
+    until(lambda: ranks(job), 60, tmp_path)
+    cluster.run("scancel", "--signal=USR2", job)  # as at the end of a job's time: no handler is there yet
+    assert cluster.wait(job, timeout_s=120) == "COMPLETED" and cluster.show(job)["Restarts"] == "1"
+    assert "left with 140 and asks to be queued again" in _log(tmp_path, job)
+
+
 def test_a_job_that_fails_is_not_queued_again(cluster: Cluster, store: Path, tmp_path: Path) -> None:
     job = sbatch(cluster, 2, "train_mp20.sh", *TINY, "steps=5", HPCGEN_STORE="/nowhere", HPCGEN_RUN=str(tmp_path))
     assert cluster.wait(job) == "FAILED" and cluster.show(job)["ExitCode"] == "4:0"

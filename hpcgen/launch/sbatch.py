@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hpcgen.launch.site import Site
 
+FOLDER = "submit"  # of a run folder: a record for each verb, logs, and what submitit keeps
 # Measured with Slurm 22.05: a preemption, the --signal before the end and `scancel` reach the tasks; srun and the
 # script go on. A job that leaves with 75 within its grace time is recorded as failed, one with 0 as completed: neither
 # is queued again. One that asks for it after `scancel` would come back: by then it is COMPLETING. Of the codes of its
@@ -15,10 +16,10 @@ from hpcgen.launch.site import Site
 ENDING = """\
 if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
     exit "$(cat "$HPCGEN_FAILED")"
-elif [ "$code" -ne 75 ] && [ "$code" -ne 143 ]; then
+elif [ "$code" -ne 75 ] && [ "$code" -ne 140 ] && [ "$code" -ne 143 ]; then
     exit "$code"
 fi
-# 75: stopped early, all is saved. 143: ended by a signal before that. Both go on from what is saved, in the same job.
+# 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
 case $(scontrol show job "$SLURM_JOB_ID") in
 *JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
     echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
@@ -49,7 +50,7 @@ class Job:
     @property
     def folder(self) -> Path:
         """For the script, the log and the record."""
-        return self.run / "submit"
+        return self.run / FOLDER
 
     @property
     def interpreter(self) -> list[str]:
@@ -84,8 +85,8 @@ def render(job: Job, command: str = "") -> str:
         *_block("# The site's own lines.", site.setup),
         *_block("", [f"export {name}={shlex.quote(value)}" for name, value in _environment(job).items()]),
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
-        f'export HPCGEN_FAILED={logs}/failed-"$SLURM_JOB_ID"',
-        'rm -f "$HPCGEN_FAILED"',
+        "# Of this start alone: ranks on a lost node may live on.",
+        f'export HPCGEN_FAILED={logs}/failed-"$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}"',
         f"srun {_words(_srun_flags(job))} {command}",
         "code=$?",
         "",

@@ -17,12 +17,12 @@ from submitit import SlurmExecutor, SlurmJob
 
 from hpcgen.errors import InputError, SiteError, UsageError
 from hpcgen.files import append_json_line, make_folder, write_json, write_whole
-from hpcgen.launch.sbatch import Job, render
+from hpcgen.launch.sbatch import FOLDER, Job, render
 from hpcgen.launch.slurm import ask, jobs_named, partitions
+from hpcgen.runner.events import EVENTS
 from hpcgen.runner.owners import read_record
 
 log = logging.getLogger(__name__)
-FOLDER = "submit"  # of a run folder: a record for each verb, logs, and what submitit keeps
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def submit(job: Job) -> str:
     """
     executor = _executor(job)
     _refuse_second(job)
-    file = make_folder(job.folder) / f"{job.verb}.json"
+    make_folder(job.folder)
+    file = record_of(job.run, job.verb)
     record: dict[str, Any] = {
         "verb": job.verb, "name": job.name, "command": job.command, "folder": str(Path.cwd()), "after": job.after,
         "time": round(time.time(), 3), "job": "",
@@ -64,7 +65,7 @@ def submit(job: Job) -> str:
     write_json(file, record)
     number = executor.submit(Command(str(job.run), job.verb)).job_id
     write_json(file, {**record, "job": number})
-    append_json_line(job.run / "events.jsonl", event="submit", verb=job.verb, job=number, name=job.name)
+    append_json_line(job.run / EVENTS, event="submit", verb=job.verb, job=number, name=job.name)
     return number
 
 
