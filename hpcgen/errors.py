@@ -1,5 +1,8 @@
 """Errors a user can mend, each with the exit code its command ends with."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 DONE = 0
 TOO_MANY_FAILED = 5
 
@@ -8,6 +11,7 @@ class HpcgenError(Exception):
     """One clear sentence: the file, id or key, the value met and what was expected."""
 
     exit_code = 70
+    origin: Mapping[str, object] = MappingProxyType({})  # rank and kind, where another process met it first
 
 
 class UsageError(HpcgenError):

@@ -32,6 +32,9 @@ if ! command -v hpcgen > /dev/null; then
 fi
 
 export OMP_NUM_THREADS=1
+# When Slurm ends this job, for those that must leave before (Slurm itself tells it since 23.02).
+HPCGEN_JOB_END=$(squeue --noheader --format=%e --jobs="$SLURM_JOB_ID")
+export HPCGEN_JOB_END
 # Of this start alone: ranks on a lost node may live on.
 export HPCGEN_FAILED="$run/submit/failed-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 srun --kill-on-bad-exit=1 --mpi="${HPCGEN_MPI:-pmix}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \

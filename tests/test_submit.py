@@ -180,7 +180,9 @@ def test_a_job_that_was_queued_in_spite_of_an_error_is_found(
     assert "is job 42 already" in capsys.readouterr().err
 
 
-def test_a_partition_that_does_not_exist_names_those_that_do(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_partition_that_does_not_exist_names_those_that_do(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     say(slurm, "squeue", "exit 0")
     say(slurm, "sinfo", "echo gpu; echo 'cpu*'")
     say(slurm, "sbatch", "echo 'sbatch: error: invalid partition specified: gup' >&2; exit 1")
@@ -188,6 +190,7 @@ def test_a_partition_that_does_not_exist_names_those_that_do(slurm: Path, capsys
         assert submit("--set", "partition=gup", *words) == 2
         said = capsys.readouterr().err
         assert "invalid partition specified: gup" in said and "the partitions here are cpu*, gpu" in said
+        assert not (tmp_path / "run").exists(), "nothing is left of a job that is none"
 
 
 def test_what_is_needed_is_there_or_is_made_by_another_job(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:

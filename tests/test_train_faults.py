@@ -1,5 +1,7 @@
 """Training stopped, killed, damaged or badly asked for: one clear sentence, the right exit code, nothing lost."""
 
+import math
+import os
 import random
 import re
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import time
 import zipfile
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,12 @@ from hpcgen.files import read_json_lines
 from hpcgen.launch.place import Place, find_place, first_host
 from hpcgen.models.registry import MODELS
 from hpcgen.models.saved import MODEL, read_saved
+from hpcgen.runner.stop import time_left
+from hpcgen.train.clock import Clock
 from hpcgen.train.config import TrainConfig, load
 from hpcgen.train.dist import find_device
 from hpcgen.train.state import KIND, read_checkpoint
+from hpcgen.train.watch import Seen, name_late
 
 pytestmark = pytest.mark.usefixtures("threads_restored")
 
@@ -66,6 +72,81 @@ def test_the_clock_stops_a_run(store: Path, tmp_path: Path) -> None:
     assert newest(tmp_path)["progress"]["step"] == 1
 
 
+def test_a_run_stops_before_the_end_of_its_job(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 600))
+    assert run(store, tmp_path / "whole", "steps=3").step == 3
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 8))
+    with pytest.raises(StoppedEarly, match="the time of the job is nearly up"):
+        run(store, tmp_path / "parts", "steps=100000", toy={"step_s": 0.05})
+    assert newest(tmp_path / "parts")["progress"]["step"] > 1
+
+
+def test_the_lead_before_the_end_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("hpcgen.train.clock.time.monotonic", lambda: now[0])
+    clock = Clock(0, 0.0, {})
+    for second in (0, 300, 2, 5, 3):  # the first pass compiles, and is not counted; nor is what came before it
+        now[0] += second
+        assert clock.reason() is None
+    clock = Clock(0, 0.0, {"SLURM_JOB_END_TIME": str(time.time() + 40)})
+    for second in (300, 2, 5, 3):
+        now[0] += second
+        assert clock.reason() is None
+    assert clock.lead_s == 15
+    clock.saved(14.0)
+    clock.saved(1.0)
+    assert clock.lead_s == 43 and clock.reason() == "the time of the job is nearly up"
+
+
+def test_the_end_of_a_job_as_slurm_tells_it() -> None:
+    assert time_left({}) == time_left({"HPCGEN_JOB_END": "NONE"}) == time_left({"HPCGEN_JOB_END": ""}) == math.inf
+    soon = datetime.now() + timedelta(seconds=90)
+    assert 85 < time_left({"HPCGEN_JOB_END": soon.isoformat(timespec="seconds")}) <= 90
+    assert 85 < time_left({"SLURM_JOB_END_TIME": str(soon.timestamp()), "HPCGEN_JOB_END": "NONE"}) <= 90
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_a_rank_that_does_not_come_is_named(store: Path, tmp_path: Path, stopped: int) -> None:
+    ranks = start(3, store, tmp_path, "timeout_s=8", "steps=100000", toy={"step_s": 0.01})
+    try:
+        end = time.monotonic() + 120
+        while not (tmp_path / "metrics.jsonl").exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        ranks[stopped].send_signal(signal.SIGSTOP)
+        codes = [rank.wait(90) for rank in ranks if rank is not ranks[stopped]]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    said = ended(ranks)[1]
+    assert codes == [3, 3]
+    if stopped:
+        why = f"rank {stopped} of 3 on {os.uname().nodename} keeps the others waiting: no sign of life for"
+        assert why in said and "Traceback" not in said
+        error = read_json_lines(tmp_path / "events.jsonl")[-1]
+        assert error["event"] == "error" and error["rank"] == stopped and why in error["message"]
+    else:
+        assert "rank 0 of 3 does not answer" in said
+
+
+def test_who_keeps_the_others_waiting() -> None:
+    def seen(**doing: tuple[int, str]) -> dict[int, Seen]:
+        return {int(rank[1:]): Seen(7, of, f"n{rank[1:]}", 95.0, 40.0) for rank, of in doing.items()}
+
+    even = seen(r0=(5, "computing"), r1=(5, "computing"))
+    assert name_late(even, 100.0, 60.0, 10.0) is None
+    even[1].beat_at = 60.0
+    assert name_late(even, 100.0, 60.0, 10.0) == (
+        "rank 1 of 2 on n1 keeps the others waiting: no sign of life for 40 s; killed, stopped, or its node hangs", 1
+    )  # fmt: skip
+    behind = seen(r0=(5, "computing"), r1=(5, "reading"), r2=(5, "computing"), r3=(5, "reading"))
+    assert name_late(behind, 100.0, 60.0, 10.0) == (
+        "rank 1 of 4 on n1 keeps the others waiting: reading in step 5 for 60 s, and 1 more (3)", 1
+    )  # fmt: skip
+    assert name_late(seen(r0=(5, "saving"), r1=(5, "reading")), 100.0, 60.0, 10.0) is not None
+
+
 @pytest.mark.slow
 def test_the_command_ends_with_75_and_goes_on_after_a_kill(store: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -89,6 +170,10 @@ def test_no_rank_is_left_behind_when_one_fails(store: Path, tmp_path: Path, rank
     assert all(met == (code if code == 4 or number != rank else -9) for number, met in enumerate(codes)), codes
     assert time.monotonic() - began < 60
     if code == 4:
+        error = [event for event in read_json_lines(tmp_path / "events.jsonl") if event["event"] == "error"]
+        assert [(told["rank"], told["kind"], told["message"]) for told in error] == [
+            (rank, "InputError", "a broken shard")
+        ]
         assert said.count("a broken shard") == 1 and f"rank {rank} of 3" in said and "Traceback" not in said
 
 
@@ -450,4 +535,4 @@ def test_a_taken_port_is_passed_over_and_lost_ranks_are_named(store: Path, tmp_p
     first_rank, second_rank = start(2, store, tmp_path / "b", "timeout_s=5")
     second_rank.kill()
     codes, said = ended([first_rank, second_rank])
-    assert codes == [3, -9] and "could not meet the others" in said
+    assert codes == [3, -9] and "could not meet the others" in said and "ranks that have not come: 1" in said

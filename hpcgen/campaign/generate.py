@@ -32,6 +32,7 @@ from hpcgen.files import append_json_line, write_whole
 from hpcgen.models.load import sampling_device
 from hpcgen.runner.blocks import How, once, run_blocks
 from hpcgen.runner.cores import slurm_cores, usable_cores
+from hpcgen.runner.events import EVENTS
 from hpcgen.runner.lease import HOUSEKEEPING, Lease
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team, find_team
@@ -146,7 +147,7 @@ def _settle(run: Path, config: CampaignConfig, lease: Lease, stop: StopFlag) -> 
     refuse_changes(old, config)  # two launches may have begun at the same moment
     settled = dataclasses.replace(config, block=old.block)
     if lease.is_taker and settled.n != old.n:
-        append_json_line(run / "events.jsonl", event="grown", before=old.n, n=settled.n)
+        append_json_line(run / EVENTS, event="grown", before=old.n, n=settled.n)
         write_whole(run / CONFIG, to_yaml(settled), token=lease.token)
     return settled
 

@@ -10,6 +10,7 @@ from hpcgen.campaign.config import SUMMARY, CampaignConfig
 from hpcgen.errors import InputError
 from hpcgen.files import append_json_line, read_json_lines, write_json
 from hpcgen.runner.blocks import Block
+from hpcgen.runner.events import EVENTS
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.owners import read_record
 from hpcgen.store.layout import ShardInfo, read_manifest, shard_info, write_manifest
@@ -87,7 +88,7 @@ def finish(run: Path, config: CampaignConfig, blocks: Sequence[Block], lease: Le
     if sampled == 0 and is_finished(run, config, blocks):
         return summary  # what is there tells of the launch that made them
     write_json(run / SUMMARY, asdict(summary), token=lease.token)
-    append_json_line(run / "events.jsonl", event="done", **asdict(summary))
+    append_json_line(run / EVENTS, event="done", **asdict(summary))
     return summary
 
 

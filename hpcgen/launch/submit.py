@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,12 @@ def submit(job: Job) -> str:
         "time": round(time.time(), 3), "job": "",
     }  # fmt: skip
     write_json(file, record)
-    number = executor.submit(Command(str(job.run), job.verb)).job_id
+    before = set(job.folder.iterdir()) - {file}
+    try:
+        number = executor.submit(Command(str(job.run), job.verb)).job_id
+    except UsageError:
+        _clear_up(job, before)
+        raise
     write_json(file, {**record, "job": number})
     append_json_line(job.run / EVENTS, event="submit", verb=job.verb, job=number, name=job.name)
     return number
@@ -115,6 +121,15 @@ def _sbatch(script: Path, job: Job) -> str:
         log.warning("sbatch said %r, but job %s was queued", said, found[0])
         return found[0]
     raise (UsageError if answer is not None else SiteError)(_refusal(said))
+
+
+def _clear_up(job: Job, before: set[Path]) -> None:
+    """Remove what was written for a job that Slurm refused, and folders that were made for it."""
+    for made in set(job.folder.iterdir()) - before:
+        made.unlink(missing_ok=True)
+    for folder in (job.folder, job.run):
+        with suppress(OSError):  # in use
+            folder.rmdir()
 
 
 def _refusal(said: str) -> str:

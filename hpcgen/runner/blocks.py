@@ -21,7 +21,7 @@ from hpcgen.runner.events import EVENTS, launch_facts, note_start
 from hpcgen.runner.guard import Guard, Inline
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.progress import Progress
-from hpcgen.runner.stop import StopFlag
+from hpcgen.runner.stop import OUT_OF_TIME, StopFlag, time_left
 from hpcgen.runner.worker import Cursor, Died, Finished, Job, Raised, Result, Stopped, Work, error_named
 
 __all__ = ["Block", "How", "Outcome", "once", "run_blocks"]
@@ -120,6 +120,8 @@ class _Run:
             self.lease.check()
         if self.lease.told_to_stop:
             self.stop.set("another rank was asked to stop")
+        if time_left(os.environ) < 2 * self.how.stop_grace_s:
+            self.stop.set(OUT_OF_TIME)
         self.stop.check()
 
     def all(self) -> Outcome:

@@ -17,15 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hpcgen.errors import StoppedEarly, StorageError
+from hpcgen.errors import HpcgenError, StoppedEarly, StorageError
 from hpcgen.files import DRAFT, append_json_line, make_folder, storage_faults
+from hpcgen.runner.events import EVENTS
 from hpcgen.runner.owners import Life, Watch, create_whole, read_record, replace_quickly
 from hpcgen.runner.team import Team
 
 log = logging.getLogger(__name__)
 CLAIM = ".claim"
 MISSED_BEATS = 3
-HOUSEKEEPING = ("lease", "heartbeat", "events.jsonl", "submit")  # in any run folder, whatever is made there
+HOUSEKEEPING = ("lease", "heartbeat", EVENTS, "submit")  # in any run folder, whatever is made there
 
 
 class Lease:
@@ -137,10 +138,15 @@ class Lease:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         if fault is not None and not isinstance(fault, StoppedEarly | KeyboardInterrupt):
-            told = {"rank": self.team.rank, "token": self.team.token, "kind": kind.__name__ if kind else ""}
-            with suppress(StorageError):
-                append_json_line(self.folder / "events.jsonl", event="error", **told, message=str(fault))
+            origin = {"rank": self.team.rank, "kind": type(fault).__name__}
+            self.note_error(str(fault), {**origin, **(fault.origin if isinstance(fault, HpcgenError) else {})})
         self.release()
+
+    def note_error(self, message: str, origin: dict[str, Any]) -> None:
+        """Add an error to the events of the run, as far as that is possible. origin: rank, kind."""
+        with suppress(StorageError):
+            told = {"token": self.team.token, **origin, "message": message}
+            append_json_line(self.folder / EVENTS, event="error", **told)
 
     @property
     def is_lost(self) -> bool:

@@ -1,13 +1,19 @@
 """A flag that signals set. Whoever works looks at it between two steps."""
 
 import logging
+import math
 import signal
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
 from types import FrameType, TracebackType
 from typing import Any
 
 from hpcgen.errors import StoppedEarly
 
 log = logging.getLogger(__name__)
+OUT_OF_TIME = "the time of the job is nearly up"  # a reason to stop
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -49,3 +55,12 @@ class StopFlag:
         self.set(signal.Signals(number).name)
         if number == signal.SIGINT:
             signal.signal(number, self._before.get(number) or signal.SIG_DFL)
+
+
+def time_left(env: Mapping[str, str]) -> float:
+    """Seconds until Slurm ends this job; inf where that is not known."""
+    with suppress(ValueError):
+        return float(env.get("SLURM_JOB_END_TIME", "")) - time.time()
+    with suppress(ValueError):
+        return datetime.fromisoformat(env.get("HPCGEN_JOB_END", "")).timestamp() - time.time()
+    return math.inf

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,18 +27,21 @@ from hpcgen.launch.place import Place
 from hpcgen.models.load import usable_gpus
 from hpcgen.runner.stop import SIGNALS
 from hpcgen.runner.team import exit_code, tell_script
+from hpcgen.train.watch import Watch
 
 log = logging.getLogger(__name__)
 _GRACE_S = 5.0  # the rank that keeps the store waits so long for the others to have read it
 _SELF_S = 10.0  # rank 0, which owns the run folder, gets so long to leave in order
+_LATER_S = 60.0  # what collectives wait longer than it takes to name the rank that is late
 
 
 class ToldByAnother(HpcgenError):
     """Another rank failed: its sentence, and its exit code."""
 
-    def __init__(self, code: int, said: str) -> None:
-        super().__init__(said)
-        self.exit_code = code
+    def __init__(self, told: dict[str, Any]) -> None:
+        super().__init__(told["said"])
+        self.exit_code = told["code"]
+        self.origin = {"rank": told["rank"], "kind": told["kind"]}
 
 
 class Ranks:
@@ -49,12 +51,19 @@ class Ranks:
     interpreter that shuts down in order takes seconds, and may wait for ranks that are gone.
     """
 
-    def __init__(self, place: Place, device: torch.device, store: dist.Store | None = None) -> None:
+    def __init__(
+        self, place: Place, device: torch.device, store: dist.Store | None = None, timeout_s: float = 600.0
+    ) -> None:
         self.place, self.device, self.store = place, device, store
-        self.rank, self.world = place.rank, place.world
+        self.rank, self.world, self.timeout_s = place.rank, place.world, timeout_s
+        self.note: Callable[[str, dict[str, Any]], None] = lambda said, origin: None  # of the owner of the run folder
         self._asked = 0
-        if store is not None:
-            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        self._watch = Watch(store, place, timeout_s, self._leave_with, self._tell_late) if store is not None else None
+
+    def at(self, doing: str, step: int) -> None:
+        """What this rank does from now on, one of watch.DOING: for the sentence about the one that does not come."""
+        if self._watch is not None:
+            self._watch.doing = (step, doing)
 
     def sum(self, values: Tensor) -> list[float]:
         """Sums over the ranks of numbers (K,), float64, the same on all of them."""
@@ -69,18 +78,26 @@ class Ranks:
         self._asked += 1
         key = f"first/{self._asked}"
         if self.rank:
-            self.store.wait([key])
-            told = json.loads(self.store.get(key))
+            told = json.loads(self._wait_for(key))
             if "said" in told:
-                raise ToldByAnother(told["code"], told["said"])
+                raise ToldByAnother(told)
             return told["value"]
         try:
             value = call()
         except Exception as fault:
-            self.store.set(key, json.dumps({"code": exit_code(fault), "said": str(fault)}))
+            self.store.set(key, json.dumps(self._told(fault)))
             raise
         self.store.set(key, json.dumps({"value": value}))
         return value
+
+    def cause(self, fault: BaseException) -> BaseException:
+        """What another rank said why it failed, if this error is only its echo; else the error itself."""
+        if self.store is None or not _is_echo(fault):
+            return fault
+        try:
+            return ToldByAnother(json.loads(self.store.get("fault"))) if self._heard() else fault
+        except RuntimeError:  # the store went down with rank 0
+            return fault
 
     def __enter__(self) -> "Ranks":
         return self
@@ -109,8 +126,7 @@ class Ranks:
                 self.store.set("saved", str(code))
                 self._wait_for_the_others()
                 return code
-            self.store.wait(["saved"])
-            told = int(self.store.get("saved"))
+            told = int(self._wait_for("saved"))
             self.store.add("left", 1)
             return told
         except RuntimeError as fault:
@@ -120,15 +136,13 @@ class Ranks:
     def _account(self, fault: BaseException) -> tuple[int, str]:
         """Exit code and last words after an error, here or, if that was only its echo, on another rank."""
         assert self.store is not None
+        fault = self.cause(fault)
         code, said = exit_code(fault), ""
         if isinstance(fault, KeyboardInterrupt):
             code = StoppedEarly.exit_code
         where = f"rank {self.rank} of {self.world} on {os.uname().nodename}"
         try:
-            echo = isinstance(fault, ToldByAnother) or (_is_echo(fault) and self._heard())
-            if echo and not isinstance(fault, ToldByAnother):
-                code = json.loads(self.store.get("fault"))["code"]
-            if not echo:
+            if not isinstance(fault, ToldByAnother):
                 said = f"{where}: {fault}" if isinstance(fault, HpcgenError) else f"{where}\n{_trace(fault)}"
                 number = self.store.add("faults", 1)
                 known = self.store.compare_set("sentence", "", str(fault)).decode() == str(fault)
@@ -136,7 +150,7 @@ class Ranks:
                     said = ""
                 elif _is_echo(fault):
                     code, said = SiteError.exit_code, f"{where}: another rank ended without a word ({reason(fault)})"
-                self.store.set("fault", json.dumps({"code": code, "rank": self.rank}))
+                self.store.set("fault", json.dumps({**self._told(fault), "code": code}))
             if self.rank == 0:
                 self.store.set("saved", str(code))
                 self._wait_for_the_others()
@@ -146,19 +160,40 @@ class Ranks:
             said = said or f"{where}: {reason(fault)} ({reason(lost)})"
         return code, said
 
-    def _watch(self) -> None:
-        """End this process when another rank has failed: it may wait for that one in a collective, for ever."""
+    def _told(self, fault: BaseException) -> dict[str, Any]:
+        """What the others get to know of an error."""
+        return {"code": exit_code(fault), "said": str(fault), "rank": self.rank, "kind": type(fault).__name__}
+
+    def _leave_with(self, told: dict[str, Any]) -> None:
+        """End this process since another rank failed: its main thread may wait for that one in a collective."""
         assert self.store is not None
-        try:
-            while not self.store.check(["fault"]):
-                time.sleep(1.0)
-            told = json.loads(self.store.get("fault"))
-            time.sleep(_SELF_S if self.rank == 0 else 1.0)
-            self.store.add("left", 1)
-        except RuntimeError:  # no store, no rank 0: the collectives say so as well
-            return
+        time.sleep(_SELF_S if self.rank == 0 else 1.0)
+        self.note(told["said"], {"rank": told["rank"], "kind": told["kind"]})
+        self.store.add("left", 1)
         log.warning("rank %d of %d: leaving, since rank %d failed", self.rank, self.world, told["rank"])
         _leave(told["code"])
+
+    def _tell_late(self, said: str, rank: int) -> None:
+        """End the run since a rank does not come; if that is the first one, every rank does so for itself."""
+        assert self.store is not None
+        log.critical("%s", said)
+        origin = {"rank": rank, "kind": SiteError.__name__}
+        self.note(said, origin)
+        if rank or not self.rank:
+            self.store.set("fault", json.dumps({"code": SiteError.exit_code, "said": said, **origin}))
+            self._wait_for_the_others()
+        _leave(SiteError.exit_code)
+
+    def _wait_for(self, key: str) -> str:
+        """The value of a key, when it is there. Raises RuntimeError. (A wait of the store's own would keep the
+        watching thread from it.)"""
+        assert self.store is not None
+        end = time.monotonic() + self.timeout_s + _LATER_S
+        while not self.store.check([key]):
+            if time.monotonic() > end:
+                raise RuntimeError(f"the store of rank 0 has no {key!r} yet")
+            time.sleep(0.03)
+        return str(self.store.get(key).decode())
 
     def _heard(self) -> bool:
         """Whether another rank said why it failed; a moment is left for it to do so."""
@@ -205,8 +240,9 @@ def join(place: Place, device: torch.device, timeout_s: float) -> Ranks:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
-            backend, store=dist.PrefixStore("torch", store), rank=place.rank, world_size=place.world, timeout=timeout
-        )
+            backend, store=dist.PrefixStore("torch", store), rank=place.rank, world_size=place.world,
+            timeout=timeout + timedelta(seconds=_LATER_S),
+        )  # fmt: skip
         count = torch.ones(1, dtype=torch.float64, device=device)
         dist.all_reduce(count)
     except (RuntimeError, ValueError) as fault:
@@ -215,7 +251,7 @@ def join(place: Place, device: torch.device, timeout_s: float) -> Ranks:
         ) from fault
     if int(count.item()) != place.world:
         raise SiteError(f"{place.kind} started {place.world} ranks, but {int(count.item())} answer")
-    return Ranks(place, device, own)
+    return Ranks(place, device, own, timeout_s)
 
 
 def _refuse_shared_gpus(store: dist.Store, place: Place, device: torch.device) -> None:
@@ -224,7 +260,11 @@ def _refuse_shared_gpus(store: dist.Store, place: Place, device: torch.device) -
     if device.type == "cuda":
         mine = f"{os.uname().nodename} {torch.cuda.get_device_properties(device).uuid}"
     store.set(f"device/{place.rank}", mine)
-    store.wait([f"device/{rank}" for rank in range(place.world)])
+    try:
+        store.wait([f"device/{rank}" for rank in range(place.world)])
+    except RuntimeError as fault:
+        absent = [rank for rank in range(place.world) if not store.check([f"device/{rank}"])]
+        raise RuntimeError(f"ranks that have not come: {', '.join(map(str, absent))}; {reason(fault)}") from fault
     devices = [store.get(f"device/{rank}").decode() for rank in range(place.world)]
     others = [rank for rank, found in enumerate(devices) if found == mine and rank != place.rank]
     if others:

@@ -27,6 +27,7 @@ from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team, env_number
 from hpcgen.store.batches import Share, StoreBatches
 from hpcgen.store.layout import sha256_of
+from hpcgen.train.clock import Clock
 from hpcgen.train.config import TrainConfig
 from hpcgen.train.data import Data, Group, groups, open_data
 from hpcgen.train.dist import Ranks, find_device, join
@@ -78,6 +79,8 @@ def train(config: TrainConfig, model_class: Any = None) -> Progress:
             _run(config, ranks, data, state, shared, stop, saver, journal, started)
         except BaseException as fault:
             _log_end(saver, state.progress, fault)
+            if (cause := ranks.cause(fault)) is not fault:
+                raise cause from fault
             raise
         _log_end(saver, state.progress, None)
         return state.progress
@@ -89,28 +92,34 @@ def _run(
 ) -> None:  # fmt: skip
     """Steps, validations and checkpoints until all steps are done or a stop is asked for."""
     draw, progress = Draw(config.seed), state.progress
+    clock = Clock(config.time_limit_s, started, os.environ)
     feed = groups(data, config, ranks.rank, ranks.world, progress.epoch, progress.offset)
     stopping = ranks.sum(_numbers([bool(stop)], ranks))[0] > 0
     while True:
         if stopping:
             if saver is not None:
+                ranks.at("saving", progress.step)
                 saver.save(state)
             reason = stop.reason or "another rank was asked to"
             raise StoppedEarly(f"stopped early ({reason}) at step {progress.step}; the same command goes on from here")
         if _validation_due(config, progress):
+            ranks.at("validating", progress.step)
             _note_validation(validate(config, ranks, data, state.ema), state, saver, journal)
         if saver is not None and saver.due(progress.step):
-            saver.save(state)
+            ranks.at("saving", progress.step)
+            clock.saved(saver.save(state))
         if progress.step >= config.steps:
             return
 
+        ranks.at("reading", progress.step)
         group = next(feed)
+        ranks.at("computing", progress.step)
         lr = learning_rate(config, progress.step)
         losses = backward(config, ranks, group, progress.step, state, shared, draw)
         state.scaler.unscale_(state.optimiser)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
-        if ranks.rank == 0 and 0 < config.time_limit_s <= time.monotonic() - started:
-            stop.set("time limit")
+        if ranks.rank == 0 and (why := clock.reason()):
+            stop.set(why)
         flags = _numbers([bool(stop)], ranks)
         bad = ~(norm.isfinite() & losses["loss"].isfinite())
         told = ranks.sum(torch.stack([bad.double(), flags[0], *(value.double() for value in losses.values())]))
@@ -240,6 +249,7 @@ def _own(config: TrainConfig, data: Data, ranks: Ranks, held: ExitStack) -> tupl
     ranks.from_first(take)
     if not lease:
         return None, None
+    ranks.note = lease[0].note_error
     facts = {**launch_facts(lease[0].team), "data": data.sha256, "store": config.store}
     return Saver(Path(config.out), config, facts, lease[0].check), lease[0]
 
