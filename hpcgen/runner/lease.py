@@ -143,7 +143,9 @@ class Lease:
         self.release()
 
     def note_error(self, message: str, origin: dict[str, Any]) -> None:
-        """Add an error to the events of the run, as far as that is possible. origin: rank, kind."""
+        """Add an error to the events of the run, if it still is this one's and can be written. origin: rank, kind."""
+        if self.is_lost:
+            return
         with suppress(StorageError):
             told = {"token": self.team.token, **origin, "message": message}
             append_json_line(self.folder / EVENTS, event="error", **told)
@@ -182,7 +184,7 @@ class Lease:
                 if record.get("token") == self.team.token:
                     self._generation = newest
                     return
-                alive = self._holder_alive(newest, record)
+                alive = not self._follows(record) and self._holder_alive(newest, record)
                 if alive:
                     raise StorageError(f"{self.folder}: belongs to another run, {self._describe(newest, record)}")
                 if alive is None:
@@ -194,7 +196,8 @@ class Lease:
                     waiting = True
                     time.sleep(min(0.5, self.beat_s / 5))
                     continue
-                log.warning("%s: taking over from a dead run, %s", self.folder, self._describe(newest, record))
+                whom = "this job before it was started again" if self._follows(record) else "a dead run"
+                log.warning("%s: taking over from %s, %s", self.folder, whom, self._describe(newest, record))
             if self._create(newest + 1):
                 return
 
@@ -230,6 +233,11 @@ class Lease:
         for path in self._beat_file.parent.glob("*.json"):
             if (read_record(path) or {}).get("token") != self.team.token:
                 path.unlink(missing_ok=True)
+
+    def _follows(self, record: dict[str, Any]) -> bool:
+        """Whether this is the holder's job, started again: what lives of it, on a node that Slurm lost, is to go."""
+        same = bool(self.team.job) and record.get("job") == self.team.job
+        return same and int(record.get("restart", 0)) < self.team.restart
 
     def _holder_alive(self, generation: int, record: dict[str, Any]) -> bool | None:
         """Whether the run that holds a lease lives; None while it cannot be told yet."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from hpcgen.files import append_json_line, read_json_lines, storage_faults, write_whole
 from hpcgen.train.config import TrainConfig
+from hpcgen.train.saving import Saver
 from hpcgen.train.state import Progress
 
 log = logging.getLogger(__name__)
@@ -19,10 +20,11 @@ LINE_S = 30.0
 
 
 class Journal:
-    """Writes for rank 0; on the others (folder None) it is silent."""
+    """Writes for rank 0, which has the saver; on the others it is silent."""
 
-    def __init__(self, folder: Path | None, config: TrainConfig, progress: Progress) -> None:
-        self._file = folder / "metrics.jsonl" if folder else None
+    def __init__(self, saver: Saver | None, config: TrainConfig, progress: Progress) -> None:
+        self._file = saver.run / "metrics.jsonl" if saver else None
+        self._guard = saver.guard if saver else lambda: None
         self._total, self._start, self._first = config.steps, time.monotonic(), progress.step
         self._crystals, self._said = progress.crystals, self._start
         self._window = (self._start, progress.crystals)
@@ -39,9 +41,10 @@ class Journal:
             self._bar = tqdm(total=config.steps, initial=progress.step, desc="train", unit="step", dynamic_ncols=True)
 
     def write(self, kind: str, step: int, told: Mapping[str, float | int]) -> None:
-        """One line of numbers; one that is not finite is null. Raises StorageError."""
+        """One line of numbers; one that is not finite is null. Raises StorageError, also where the lease is lost."""
         if self._file is None:
             return
+        self._guard()
         line = {name: value if math.isfinite(value) else None for name, value in told.items()}
         append_json_line(self._file, kind=kind, step=step, **line)
         if self._board is not None:

@@ -72,7 +72,7 @@ def train(config: TrainConfig, model_class: Any = None) -> Progress:
         _settle_buckets(config, shared, state, data, ranks)
         saver, lease = _own(config, data, ranks, held)
         _resume(config, state, data, saver, ranks)
-        journal = held.enter_context(Journal(saver.run if saver else None, config, state.progress))
+        journal = held.enter_context(Journal(saver, config, state.progress))
         if lease is not None:
             lease.report = lambda: {"step": state.progress.step, "steps": config.steps}
         try:
