@@ -20,6 +20,7 @@ HOSTS = Path("/etc/hosts")
 NAMED = f"127.0.0.1 {' '.join(NODES)} # a Slurm of hpcgen's tests\n"  # ranks meet at the name of the first node
 ON = "HPCGEN_TEST_NODE"  # names the node to its slurmd and slurmstepds (their tasks have SLURMD_NODENAME)
 TOOLS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "mknod")
+SLURMS_OWN = ("slurmd", "slurmstepd", "srun", "slurm_script", "bash")  # the last two: the batch script
 SBIN = "/usr/sbin:/sbin"
 END_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
@@ -144,15 +145,15 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
         HOSTS.write_text(HOSTS.read_text().replace(NAMED, ""))
 
-    def run(self, *command: str, timeout_s: float = 60) -> str:
+    def run(self, *command: str, timeout_s: float = 60, env: dict[str, str] | None = None) -> str:
         """Standard output of a command on this cluster; AssertionError with what it said if it fails."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=timeout_s)
+        done = subprocess.run(command, env=env or self.env, capture_output=True, text=True, timeout=timeout_s)
         assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    def sbatch(self, *args: str) -> str:
+    def sbatch(self, *args: str, env: dict[str, str] | None = None) -> str:
         """Submit; the job's id."""
-        return self.run("sbatch", "--parsable", *args).strip().split(";")[0]
+        return self.run("sbatch", "--parsable", *args, env=env).strip().split(";")[0]
 
     def show(self, job: str) -> dict[str, str]:
         """What `scontrol show job` knows of a job (it forgets one 300 s after its end)."""
@@ -187,16 +188,29 @@ class Cluster:
         """Nodes that Slurm will not use again until a person says so."""
         return [name for name, state in self.nodes().items() if "DRAIN" in state]
 
-    def kill_node(self, name: str) -> None:
-        """SIGKILL to the slurmd of a node; what it started lives on."""
-        self.daemons[name].kill()
-        self.daemons[name].wait()
+    def lose_node(self, name: str) -> None:
+        """A node that is cut off: SIGKILL to all of Slurm there, while the tasks live on.
 
-    def start_node(self, name: str, *, rebooted: bool = True) -> None:
-        """Start a node's slurmd; after a reboot nothing that ran there lives."""
-        if rebooted:
-            _end(self.folder, name)
+        srun too: on a node that Slurm does not see it could not end the step that has the same number after a requeue.
+        Slurm is told, and need not find out (20 s).
+        """
+        for pid, folder, on in _family():
+            with suppress(OSError):
+                if folder == self.folder and name in on and Path(f"/proc/{pid}/comm").read_text().strip() in SLURMS_OWN:
+                    os.kill(pid, signal.SIGKILL)
+        self.daemons[name].wait()
+        self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
+
+    def start_node(self, name: str) -> None:
+        """Start a node; nothing that ran there before lives."""
+        _end(self.folder, name)
         self._daemon("slurmd", "-D", "-N", name, name=name)
+
+    def bring_back(self, name: str) -> None:
+        """Start a node that was lost, and wait until Slurm uses it again."""
+        self.start_node(name)
+        self.run("scontrol", "update", f"nodename={name}", "state=resume")
+        _wait(lambda: self.nodes()[name] in ("IDLE", "MIXED"), 30, lambda: str(self.nodes()))
 
     def _daemon(self, tool: str, *args: str, name: str = "") -> None:
         with (self.folder / f"{name or tool}.said").open("ab") as said:

@@ -17,6 +17,7 @@ MOST_ATOMS = 2**14  # of a crystal: no more have a noise of their own
 TILE = {"cpu": 256, "cuda": 4096}  # some 50 and 800 crystals of similar size side by side
 PAIRS = {"cpu": 2**14, "cuda": 2**21}  # 40 and 5,000 crystals of 20 atoms
 BLOCK = 8192  # most crystals of a block, unless it is asked for: some 30 MB at work, 1 MB on disk
+MANY = 400  # blocks of a run, unless there are more processes or more crystals than fit into so many
 _FREE = {
     "n", "out", "processes", "checkpoint", "formulas", "split", "limit", "per_formula", "torch",
 }  # fmt: skip

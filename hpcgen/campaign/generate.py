@@ -14,6 +14,7 @@ from hpcgen.campaign.blocks import MakeBlock, blocks_of
 from hpcgen.campaign.config import (
     BLOCK,
     CONFIG,
+    MANY,
     PACKAGED,
     PAIRS,
     PRELOAD,
@@ -162,8 +163,9 @@ def _workers(config: CampaignConfig, team: Team) -> int:
 
 
 def _block_size(config: CampaignConfig, team: Team) -> int:
-    """Whole tiles, few enough for each worker to get several blocks."""
-    tiles = config.asked // (4 * team.size * max(_workers(config, team), 1) * config.tile)
+    """Whole tiles: for each worker several blocks, or one where that would make many files."""
+    workers = team.size * max(_workers(config, team), 1)
+    tiles = config.asked // (max(workers, min(4 * workers, MANY)) * config.tile)
     return config.tile * max(1, min(tiles, BLOCK // config.tile))
 
 

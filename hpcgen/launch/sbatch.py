@@ -12,7 +12,8 @@ FOLDER = "submit"  # of a run folder: a record for each verb, logs, and what sub
 # Measured with Slurm 22.05: a preemption, the --signal before the end and `scancel` reach the tasks; srun and the
 # script go on. A job that leaves with 75 within its grace time is recorded as failed, one with 0 as completed: neither
 # is queued again. One that asks for it after `scancel` would come back: by then it is COMPLETING. Of the codes of its
-# tasks srun tells the largest: those that were ended because one failed with 4 leave with 75.
+# tasks srun tells the largest: those that were ended because one failed with 4 leave with 75, or, if they had not yet
+# begun, with 143.
 ENDING = """\
 if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
     exit "$(cat "$HPCGEN_FAILED")"
@@ -20,13 +21,16 @@ elif [ "$code" -ne 75 ] && [ "$code" -ne 140 ] && [ "$code" -ne 143 ]; then
     exit "$code"
 fi
 # 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
-case $(scontrol show job "$SLURM_JOB_ID") in
+case "$code $(scontrol show job "$SLURM_JOB_ID")" in
+"143 "*JobState=RUNNING*PreemptTime=None*)
+    echo "hpcgen: a task was ended by TERM, but job $SLURM_JOB_ID is not preempted: another one failed"
+    ;;
 *JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
     echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # until Slurm ends this script
     ;;
-'')
+"$code ")
     echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
     sleep 600
     ;;

@@ -7,7 +7,7 @@ token of the launch, and to end all ranks when one fails. The work itself is sha
 import logging
 import os
 import sys
-import threading
+import time
 import traceback
 import uuid
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ class Team:
         if self.comm is None or fault is None:
             return
         if exit_code(fault) in (0, StoppedEarly.exit_code):
-            self._leave(exit_code(fault))
+            self._leave(fault)
         else:
             self.abort(fault)
 
@@ -68,21 +68,27 @@ class Team:
             self.comm.Abort(exit_code(fault))
             os._exit(exit_code(fault))  # some launchers return from Abort and kill a moment later
 
-    def _leave(self, code: int) -> None:
-        """Leave MPI in good order: it waits for the others, but not for ever."""
+    def _leave(self, fault: BaseException) -> None:
+        """Leave MPI together with the others, but wait for them no longer than that.
+
+        Not by MPI's own end under srun: where a node was lost, the pmi2 of Slurm 22.05 tries to reach it for ten
+        seconds and then kills the step, by then perhaps that of the job's next start, which has the same number.
+        """
         from mpi4py import MPI
 
-        def give_up() -> None:
-            log.warning("rank %d: the others did not leave within %.0f s", self.rank, _LEAVE_S)
-            _flush()
-            os._exit(code)
-
-        timer = threading.Timer(_LEAVE_S, give_up)
-        timer.daemon = True
-        timer.start()
-        if not MPI.Is_finalized():
+        if MPI.Is_finalized():
+            return
+        end, there = time.monotonic() + _LEAVE_S, self.comm.Ibarrier()
+        while not (met := there.Test()) and time.monotonic() < end:
+            time.sleep(0.02)
+        if met and "SLURM_STEP_ID" not in os.environ:
             MPI.Finalize()
-        timer.cancel()
+            return
+        log.warning("%s", fault)
+        if not met:
+            log.warning("rank %d: the others did not leave within %.0f s", self.rank, _LEAVE_S)
+        _flush()
+        os._exit(exit_code(fault))
 
 
 def exit_code(fault: BaseException) -> int:
@@ -98,8 +104,8 @@ def tell_script(code: int) -> None:
     """Leave the code of a failure where the batch script looks for it: srun tells that of another task, if larger."""
     file = os.environ.get("HPCGEN_FAILED", "")
     if file and code not in (0, StoppedEarly.exit_code):
-        with suppress(OSError):
-            Path(file).write_text(f"{code}\n")
+        with suppress(OSError), Path(file).open("x") as told:  # the first one knows best
+            told.write(f"{code}\n")
 
 
 def find_team() -> Team:

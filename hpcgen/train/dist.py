@@ -157,6 +157,8 @@ class Ranks:
             else:
                 self.store.add("left", 1)
         except RuntimeError as lost:  # the store went down with rank 0
+            if _is_echo(fault):
+                code, said = SiteError.exit_code, f"{where}: rank 0 is gone ({reason(fault)})"
             said = said or f"{where}: {reason(fault)} ({reason(lost)})"
         return code, said
 

@@ -32,13 +32,16 @@ elif [ "$code" -ne 75 ] && [ "$code" -ne 140 ] && [ "$code" -ne 143 ]; then
     exit "$code"
 fi
 # 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
-case $(scontrol show job "$SLURM_JOB_ID") in
+case "$code $(scontrol show job "$SLURM_JOB_ID")" in
+"143 "*JobState=RUNNING*PreemptTime=None*)
+    echo "hpcgen: a task was ended by TERM, but job $SLURM_JOB_ID is not preempted: another one failed"
+    ;;
 *JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
     echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
     scontrol requeue "$SLURM_JOB_ID"
     sleep 60 # until Slurm ends this script
     ;;
-'')
+"$code ")
     echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
     sleep 600
     ;;

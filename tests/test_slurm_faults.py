@@ -1,0 +1,255 @@
+"""Faults on a real Slurm: lost nodes, stopped ranks, taken ports, torn checkpoints, full disks, misfits."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from campaign_jobs import content, litter, make_checkpoint
+from campaign_jobs import run as run_campaign
+from slurm_cluster import Cluster
+from slurm_jobs import (
+    HPCGEN,
+    ROOT,
+    TINY,
+    disturb,
+    environment,
+    events,
+    log_of,
+    ranks,
+    saved_step,
+    sbatch,
+    step_of,
+    submit,
+    until,
+)
+from train_jobs import assert_same_run, make_store
+
+from hpcgen.launch.place import find_place
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+SMALL_DISK = "8m"
+CONFIG = str(ROOT / "configs" / "autoperi_mp20.yaml")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_store(tmp_path_factory.mktemp("slurm") / "store", 320)
+
+
+@pytest.fixture(scope="module")
+def calm(cluster: Cluster, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 steps of two ranks that nobody disturbs."""
+    run = tmp_path_factory.mktemp("calm") / "run"
+    job = sbatch(cluster, 2, "train_mp20.sh", *TINY, "steps=60", flags=("--nodes=1",), HPCGEN_STORE=str(store),
+                 HPCGEN_RUN=str(run))  # fmt: skip
+    assert cluster.wait(job, timeout_s=120) == "COMPLETED", log_of(run, job)
+    return run
+
+
+def train(cluster: Cluster, store: Path, run: Path, *words: str, nodes: int = 1, **env: str) -> str:
+    where = {"HPCGEN_STORE": str(store), "HPCGEN_RUN": str(run), **env}
+    return sbatch(cluster, 2, "train_mp20.sh", *TINY, *words, flags=(f"--nodes={nodes}",), **where)
+
+
+def failed(cluster: Cluster, job: str, code: int, timeout_s: float = 120) -> None:
+    """The job ends as failed with this exit code, is not queued again, and leaves nobody and no drained node behind."""
+    assert cluster.wait(job, timeout_s=timeout_s) == "FAILED"
+    assert cluster.show(job)["ExitCode"] == f"{code}:0" and cluster.show(job)["Restarts"] == "0"
+    until(lambda: not ranks(job), 20, Path())
+    assert cluster.drained() == []
+
+
+# ---- lost nodes ------------------------------------------------------------------------------------------------------
+
+
+def lose_the_first_node(cluster: Cluster, job: str, run: Path, freeze: Iterable[str] = ()) -> None:
+    """Kill the slurmd of the node with rank 0 and the batch script, which live on; wait for the next start."""
+    assert cluster.show(job)["BatchHost"] == "n1"
+    restarts = int(cluster.show(job)["Restarts"])
+    cluster.lose_node("n1")
+    for pid in freeze:
+        os.kill(int(pid), signal.SIGSTOP)
+    until(lambda: int(cluster.show(job)["Restarts"]) > restarts and cluster.state(job) == "RUNNING", 120, run)
+
+
+@pytest.mark.parametrize("per_node", [2, pytest.param(8, marks=pytest.mark.bench)])
+def test_a_submitted_training_is_preempted_and_loses_a_node(
+    cluster: Cluster, store: Path, tmp_path: Path, per_node: int
+) -> None:
+    size = {"nodes": 3, "tasks_per_node": per_node, "gpus_per_node": per_node, "cpus_per_task": 1}
+    flags = [word for name, number in size.items() for word in ("--set", f"train.{name}={number}")]
+    words = (*TINY, f"store={store}", "steps=400", "save_every_steps=50", "validate_every=50")
+    run, other = tmp_path / "run", tmp_path / "calm"
+    job = submit(cluster, "train", CONFIG, *words, f"out={run}", *flags)
+    disturb(cluster, job, run, 1, step_of)
+    try:
+        until(lambda: len(events(run, "start")) == 2 and step_of(run) > 60, 120, run)
+        lose_the_first_node(cluster, job, run)
+        seen = step_of(run)
+        assert cluster.wait(job, timeout_s=400) == "COMPLETED", log_of(run, job)
+    finally:
+        cluster.bring_back("n1")
+    starts = events(run, "start")
+    assert len(starts) == 3 and saved_step(starts[-1]["resumed"]) >= seen - 50
+    assert ranks(job) == [] and cluster.drained() == []
+    again = submit(cluster, "train", CONFIG, *words, f"out={other}", *flags)
+    assert cluster.wait(again, timeout_s=400) == "COMPLETED", log_of(other, again)
+    assert_same_run(run, other)
+
+
+def test_a_campaign_goes_on_without_a_node_whose_ranks_still_write(cluster: Cluster, tmp_path: Path) -> None:
+    checkpoint, run, other = make_checkpoint(tmp_path / "model.pt"), tmp_path / "run", tmp_path / "calm"
+    sizes = {"n": 5000, "steps": 4, "tile": 50, "block": 100, "device": "cpu", "processes": 0}
+    words = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    job = sbatch(cluster, 2, "campaign.sh", *words, "--checkpoint", str(checkpoint), flags=("--nodes=3",),
+                 HPCGEN_RUN=str(run))  # fmt: skip
+    try:
+        until(lambda: len(list(run.glob("all-*.h5"))) > 5, 120, run)
+        old = {pid for pid in ranks(job) if b"SLURMD_NODENAME=n1" in Path(f"/proc/{pid}/environ").read_bytes()}
+        assert len(old) == 2
+        lose_the_first_node(cluster, job, run, freeze=old)  # else they hear that the others were told to stop
+        until(lambda: len(events(run, "start")) == 2, 60, run)
+        for pid in old:
+            os.kill(int(pid), signal.SIGCONT)
+        until(lambda: not old & set(ranks(job)), 60, run)
+        assert cluster.wait(job, timeout_s=400) == "COMPLETED", log_of(run, job, "campaign")
+    finally:
+        cluster.bring_back("n1")
+    assert ranks(job) == [] and cluster.drained() == []
+    run_campaign(checkpoint, other, **sizes)
+    assert content(run) == content(other)
+    assert [name for name in litter(run) if name != "submit"] == []
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [0, -1], ids=["rank 0", "the last rank"])
+def test_a_rank_that_is_stopped_ends_the_job_and_is_named(
+    cluster: Cluster, store: Path, tmp_path: Path, which: int
+) -> None:
+    job = train(cluster, store, tmp_path, "steps=100000", "timeout_s=12")
+    until(lambda: step_of(tmp_path) > 2, 120, tmp_path)
+    by_rank = sorted(ranks(job), key=lambda pid: b"SLURM_PROCID=1" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(int(by_rank[which]), signal.SIGSTOP)
+    failed(cluster, job, 3)
+    said, host = log_of(tmp_path, job), os.uname().nodename
+    late = f"rank 1 of 2 on {host} keeps the others waiting: no sign of life for"
+    assert ("rank 0 of 2 does not answer" if which == 0 else late) in said and "Traceback" not in said
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_code_and_sentence(
+    cluster: Cluster, store: Path, tmp_path: Path
+) -> None:
+    command = f"srun --kill-on-bad-exit=1 {HPCGEN[0]} {ROOT}/tests/train_jobs.py store={store} out={tmp_path}/run"
+    job = cluster.sbatch("--nodes=2", "--ntasks-per-node=2", f"--output={tmp_path}/log", f"--wrap={command}",
+                         env=environment(cluster, TOY='{"broken_at": 3, "rank": 3}'))  # fmt: skip
+    failed(cluster, job, 4)
+    said = (tmp_path / "log").read_text()
+    assert said.count("a broken shard") == 1 and "rank 3 of 4" in said and "Traceback" not in said
+    assert [(e["rank"], e["message"]) for e in events(tmp_path / "run", "error")] == [(3, "a broken shard")]
+
+
+def test_a_port_that_is_taken_is_passed_over(cluster: Cluster, store: Path, tmp_path: Path) -> None:
+    job = sbatch(cluster, 1, "train_mp20.sh", *TINY, "steps=5", flags=("--nodes=2", "--hold"),
+                 HPCGEN_STORE=str(store), HPCGEN_RUN=str(tmp_path))  # fmt: skip
+    told = {"STEP_NUM_TASKS": "2", "STEP_NUM_NODES": "2", "JOB_ID": job, "STEP_ID": "0", "STEP_NODELIST": "n[1-2]"}
+    place = find_place({"SLURM_PROCID": "0"} | {f"SLURM_{name}": value for name, value in told.items()})
+    with socket.socket() as taken:
+        taken.bind(("", place.ports[0]))
+        taken.listen()
+        cluster.run("scontrol", "release", job)
+        assert cluster.wait(job, timeout_s=120) == "COMPLETED", log_of(tmp_path, job)
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+
+def test_a_torn_newest_checkpoint_is_passed_over(cluster: Cluster, store: Path, calm: Path, tmp_path: Path) -> None:
+    job = train(cluster, store, tmp_path, "steps=60", "save_every_steps=10")
+    until(lambda: step_of(tmp_path) > 25, 120, tmp_path)
+    cluster.run("scancel", job)
+    assert cluster.wait(job) == "CANCELLED"
+    until(lambda: not ranks(job), 20, tmp_path)
+    newest = sorted((tmp_path / "checkpoints").glob("step-*.pt"))[-1]
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    job = train(cluster, store, tmp_path, "steps=60", "save_every_steps=10")
+    assert cluster.wait(job, timeout_s=120) == "COMPLETED", log_of(tmp_path, job)
+    assert f"{newest}: not a whole checkpoint" in log_of(tmp_path, job)
+    assert saved_step(events(tmp_path, "start")[-1]["resumed"]) % 10 == 0
+    assert_same_run(tmp_path, calm)
+
+
+def test_a_full_disk_ends_with_7_and_the_same_command_goes_on(
+    cluster: Cluster, store: Path, calm: Path, small_disk: Path
+) -> None:
+    run, ballast = small_disk / "run", small_disk / "ballast"
+    job = train(cluster, store, run, "steps=60", "save_every_steps=5")
+    until(lambda: step_of(run) > 10, 120, run)
+    with ballast.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(2**16))
+    failed(cluster, job, 7)
+    ballast.unlink()
+    job = train(cluster, store, run, "steps=60", "save_every_steps=5")
+    assert cluster.wait(job, timeout_s=120) == "COMPLETED", log_of(run, job)
+    assert_same_run(run, calm)
+
+
+def test_of_two_jobs_in_one_run_folder_one_is_refused(
+    cluster: Cluster, store: Path, calm: Path, tmp_path: Path
+) -> None:
+    jobs = [train(cluster, store, tmp_path, "steps=60") for _ in range(2)]
+    ends = {cluster.wait(job, timeout_s=180): job for job in jobs}
+    assert sorted(ends) == ["COMPLETED", "FAILED"]
+    failed(cluster, ends["FAILED"], 7)
+    told = log_of(tmp_path, ends["FAILED"])
+    assert f"{tmp_path}: belongs to another run, pid" in told and f"job {ends['COMPLETED']}, since" in told
+    assert_same_run(tmp_path, calm)
+
+
+# ---- jobs that do not fit --------------------------------------------------------------------------------------------
+
+
+def test_jobs_that_do_not_fit_say_why(cluster: Cluster, store: Path, tmp_path: Path) -> None:
+    job = train(cluster, store, tmp_path / "gpu", "device=cuda")
+    failed(cluster, job, 3)
+    assert "no GPU is visible" in log_of(tmp_path / "gpu", job)
+
+    command = f"srun --nodes=2 --ntasks=2 {' '.join(HPCGEN)} train {CONFIG} store={store} out={tmp_path}/few"
+    job = cluster.sbatch("--nodes=2", "--ntasks-per-node=2", f"--output={tmp_path}/log", f"--wrap={command}",
+                         env=environment(cluster))  # fmt: skip
+    failed(cluster, job, 3)
+    assert "2 nodes with SLURM_NTASKS_PER_NODE=2 make 4" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("plugin", ["pmix", "nope"])
+def test_mpi_of_another_kind_makes_nothing(cluster: Cluster, tmp_path: Path, plugin: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model.pt")
+    job = sbatch(cluster, 2, "campaign.sh", "--n", "64", "--checkpoint", str(checkpoint), "--device", "cpu",
+                 flags=("--nodes=1",), HPCGEN_RUN=str(tmp_path / "run"), HPCGEN_MPI=plugin)  # fmt: skip
+    assert cluster.wait(job, timeout_s=120) == "FAILED" and cluster.show(job)["Restarts"] == "0"
+    said = log_of(tmp_path / "run", job, "campaign")
+    assert "is not preempted: another one failed" in said or "Invalid MPI type 'nope'" in said, said
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["submit"]
+    until(lambda: not ranks(job), 20, tmp_path)
+
+
+def test_a_partition_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> None:
+    words = ("submit", "campaign", "--n", "8", "--out", str(tmp_path / "run"), "--set", "partition=gup")
+    done = subprocess.run([*HPCGEN, *words], env=environment(cluster), capture_output=True, text=True)
+    assert done.returncode == 2 and "invalid partition specified: gup" in done.stderr
+    assert "the partitions here are high, low" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_doctor_examines_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    words = ("doctor", "--nodes", "2", "--json", "--", "--partition=low")
+    done = subprocess.run([*HPCGEN, *words], env=environment(cluster), capture_output=True, text=True, cwd=tmp_path)
+    found = {row["name"]: row["verdict"] for row in json.loads(done.stdout) if row["group"] == "nodes"}
+    assert found == {"gloo": "good", "nccl": "absent", "MPI": "good"} and done.returncode == 0, done.stdout
+    assert list(tmp_path.iterdir()) == []
