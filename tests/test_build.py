@@ -441,14 +441,24 @@ def kill_often(table: Path, out: Path, kills: int, launcher: tuple[str, ...], pr
     return with_draft
 
 
+MPI = ("mpiexec", "-n", "3")
+
+
 @pytest.mark.parametrize(
-    ("launcher", "processes"),
-    [((), "1"), ((), "2"), pytest.param(("mpiexec", "-n", "3"), "1", marks=pytest.mark.mpi)],
+    ("launcher", "processes", "kills"),
+    [
+        pytest.param((), "2", 20),
+        pytest.param(MPI, "1", 5, marks=pytest.mark.mpi),
+        pytest.param((), "1", 20, marks=pytest.mark.bench),
+        pytest.param(MPI, "1", 20, marks=[pytest.mark.mpi, pytest.mark.bench]),
+    ],
 )
 @pytest.mark.slow
-def test_twenty_sigkills_change_no_byte(fine: Path, table: Path, tmp_path: Path, launcher, processes: str) -> None:
+def test_many_sigkills_change_no_byte(
+    fine: Path, table: Path, tmp_path: Path, launcher, processes: str, kills: int
+) -> None:
     out = tmp_path / "store"
-    assert kill_often(table, out, 20, launcher, processes) >= 10
+    assert kill_often(table, out, kills, launcher, processes) >= kills // 2
     run([table], out, "--processes", processes, *FINE, launcher=launcher)
     assert datasets(out) == datasets(fine)
 
