@@ -40,7 +40,7 @@ def test_a_finished_campaign_is_its_blocks_and_a_few_files(checkpoint: Path, tmp
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("ranks", "cores"), [(1, 1), (1, 64), (8, 1), (8, 8), (32, 1), (32, 3)])
+@pytest.mark.parametrize(("ranks", "cores"), [(1, 1), (1, 64), (8, 1), (8, 8), (32, 1), (32, 3), (8, 16)])
 def test_a_million_crystals_are_few_files(ranks: int, cores: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the size of a block that a launch of so many ranks, each with so many cores, takes by default."""
     monkeypatch.setattr(generate, "usable_cores", lambda: cores)
