@@ -54,6 +54,15 @@ def test_a_million_crystals_are_few_files(ranks: int, cores: int, device: str, m
     assert ranks <= len(blocks) < MOST - BESIDE
 
 
+@pytest.mark.parametrize("workers", [1, 3, 64, 128, 200, 300, 400, 512, 1024])
+def test_blocks_keep_all_workers_busy(workers: int) -> None:
+    config = CampaignConfig(n=1_000_000, device="cpu", tile=TILE["cpu"], processes=0)
+    size = generate._block_size(config, Team("mpi", 0, workers, "token"))
+    blocks = -(-config.asked // size)
+    rounds = -(-blocks // workers)
+    assert config.asked / size / (rounds * workers) > 0.85, f"{blocks} blocks for {workers} workers"
+
+
 def test_a_training_stopped_again_and_again_is_few_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     store, run = make_store(tmp_path / "store"), tmp_path / "run"

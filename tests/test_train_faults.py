@@ -7,16 +7,16 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from train_jobs import Toy, assert_same_run, ended, job, make_store, newest, numbers, run, start, tensors
+from train_jobs import ENV, Toy, assert_same_run, ended, job, make_store, newest, numbers, run, start, tensors
 
 from hpcgen import cli
 from hpcgen.errors import (
@@ -32,6 +32,7 @@ from hpcgen.files import read_json_lines
 from hpcgen.launch.place import Place, find_place, first_host
 from hpcgen.models.registry import MODELS
 from hpcgen.models.saved import MODEL, read_saved
+from hpcgen.runner.owners import read_record
 from hpcgen.runner.stop import time_left
 from hpcgen.train.clock import Clock
 from hpcgen.train.config import TrainConfig, load
@@ -42,6 +43,7 @@ from hpcgen.train.watch import Seen, name_late
 pytestmark = pytest.mark.usefixtures("threads_restored")
 
 SMALL_DISK = "200k"
+TRAIN = str(Path(__file__).parent / "train_jobs.py")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,13 @@ def test_the_clock_stops_a_run(store: Path, tmp_path: Path) -> None:
     assert newest(tmp_path)["progress"]["step"] == 1
 
 
+def until_it_trains(run: Path) -> None:
+    end = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_a_run_stops_before_the_end_of_its_job(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 600))
     assert run(store, tmp_path / "whole", "steps=3").step == 3
@@ -84,25 +93,30 @@ def test_a_run_stops_before_the_end_of_its_job(store: Path, tmp_path: Path, monk
 def test_the_lead_before_the_end_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("hpcgen.train.clock.time.monotonic", lambda: now[0])
-    clock = Clock(0, 0.0, {})
-    for second in (0, 300, 2, 5, 3):  # the first pass compiles, and is not counted; nor is what came before it
-        now[0] += second
-        assert clock.reason() is None
     clock = Clock(0, 0.0, {"SLURM_JOB_END_TIME": str(time.time() + 40)})
-    for second in (300, 2, 5, 3):
+    for second in (300, 2, 5, 3):  # the first step compiles, and is not counted
         now[0] += second
         assert clock.reason() is None
     assert clock.lead_s == 15
-    clock.saved(14.0)
-    clock.saved(1.0)
-    assert clock.lead_s == 43 and clock.reason() == "the time of the job is nearly up"
+    for what, seconds in (("saving", 6), ("saving", 1), ("validation", 8)):
+        with clock.timing(what):
+            now[0] += seconds
+    assert clock.lead_s == 43
+    now[0] += 1
+    assert clock.reason() == "the time of the job is nearly up"
+    assert clock.lead_s == 43, "what it takes to save and to validate is no part of the step"
+    for _ in range(200):
+        now[0] += 0.5
+        clock.reason()
+    assert clock.lead_s == 34, "long steps are forgotten"
+    assert Clock(10, 0.0, {}).reason() == "time limit"
 
 
 def test_the_end_of_a_job_as_slurm_tells_it() -> None:
-    assert time_left({}) == time_left({"HPCGEN_JOB_END": "NONE"}) == time_left({"HPCGEN_JOB_END": ""}) == math.inf
-    soon = datetime.now() + timedelta(seconds=90)
-    assert 85 < time_left({"HPCGEN_JOB_END": soon.isoformat(timespec="seconds")}) <= 90
-    assert 85 < time_left({"SLURM_JOB_END_TIME": str(soon.timestamp()), "HPCGEN_JOB_END": "NONE"}) <= 90
+    assert time_left({}) == time_left({"HPCGEN_JOB_END": ""}) == math.inf
+    assert time_left({"SLURM_JOB_END_TIME": str(time.time() - 60)}) == math.inf, "put off since the job began"
+    for name in ("SLURM_JOB_END_TIME", "HPCGEN_JOB_END"):
+        assert 85 < time_left({name: str(int(time.time()) + 90)}) <= 90
 
 
 @pytest.mark.slow
@@ -110,10 +124,7 @@ def test_the_end_of_a_job_as_slurm_tells_it() -> None:
 def test_a_rank_that_does_not_come_is_named(store: Path, tmp_path: Path, stopped: int) -> None:
     ranks = start(3, store, tmp_path, "timeout_s=8", "steps=100000", toy={"step_s": 0.01})
     try:
-        end = time.monotonic() + 120
-        while not (tmp_path / "metrics.jsonl").exists():
-            assert time.monotonic() < end
-            time.sleep(0.1)
+        until_it_trains(tmp_path)
         ranks[stopped].send_signal(signal.SIGSTOP)
         codes = [rank.wait(90) for rank in ranks if rank is not ranks[stopped]]
     finally:
@@ -144,7 +155,36 @@ def test_who_keeps_the_others_waiting() -> None:
     assert name_late(behind, 100.0, 60.0, 10.0) == (
         "rank 1 of 4 on n1 keeps the others waiting: reading in step 5 for 60 s, and 1 more (3)", 1
     )  # fmt: skip
-    assert name_late(seen(r0=(5, "saving"), r1=(5, "reading")), 100.0, 60.0, 10.0) is not None
+    late = name_late(seen(r0=(5, "saving"), r1=(5, "reading")), 100.0, 60.0, 10.0)
+    assert late == ("rank 0 of 2 on n0 keeps the others waiting: saving in step 5 for 60 s", 0)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_suspended_and_resumed_goes_on(store: Path, tmp_path: Path) -> None:
+    ranks = start(3, store, tmp_path, "timeout_s=8", "steps=1000", toy={"step_s": 0.01})
+    until_it_trains(tmp_path)
+    for number, pause in ((signal.SIGSTOP, 12.0), (signal.SIGCONT, 0.0)):
+        for rank in ranks:
+            rank.send_signal(number)
+        time.sleep(pause)
+    codes, said = ended(ranks)
+    assert codes == [0, 0, 0] and "waiting" not in said and "does not answer" not in said
+
+
+@pytest.mark.slow
+def test_a_first_rank_that_stops_under_torchrun_is_named(store: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", TRAIN, f"store={store}"]
+    words = [f"out={tmp_path}", "timeout_s=8", "steps=100000"]
+    launch = subprocess.Popen([*command, *words], env=ENV, stderr=subprocess.PIPE, text=True)
+    until_it_trains(tmp_path)
+    beat = read_record(tmp_path / "heartbeat" / "0.json") or {}
+    os.kill(beat["pid"], signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        said = launch.communicate(timeout=120)[1]
+    finally:
+        launch.kill()
+    assert "rank 0 of 2 does not answer" in said and time.monotonic() - began < 60 and launch.returncode
 
 
 @pytest.mark.slow
@@ -169,6 +209,9 @@ def test_no_rank_is_left_behind_when_one_fails(store: Path, tmp_path: Path, rank
     codes, said = job(3, store, tmp_path, toy={**toy, "rank": rank})
     assert all(met == (code if code == 4 or number != rank else -9) for number, met in enumerate(codes)), codes
     assert time.monotonic() - began < 60
+    if code == 3:
+        error = [event for event in read_json_lines(tmp_path / "events.jsonl") if event["event"] == "error"]
+        assert error and all("another rank ended without a word" in told["message"] for told in error)
     if code == 4:
         error = [event for event in read_json_lines(tmp_path / "events.jsonl") if event["event"] == "error"]
         assert [(told["rank"], told["kind"], told["message"]) for told in error] == [

@@ -163,9 +163,10 @@ def _workers(config: CampaignConfig, team: Team) -> int:
 
 
 def _block_size(config: CampaignConfig, team: Team) -> int:
-    """Whole tiles: for each worker several blocks, or one where that would make many files."""
+    """Whole tiles: four blocks for each worker, or fewer where that would make many files."""
     workers = team.size * max(_workers(config, team), 1)
-    tiles = config.asked // (max(workers, min(4 * workers, MANY)) * config.tile)
+    blocks = workers * max(1, min(4, MANY // workers))
+    tiles = -(-config.asked // (blocks * config.tile))
     return config.tile * max(1, min(tiles, BLOCK // config.tile))
 
 

@@ -63,12 +63,13 @@ def submit(job: Job) -> str:
         "verb": job.verb, "name": job.name, "command": job.command, "folder": str(Path.cwd()), "after": job.after,
         "time": round(time.time(), 3), "job": "",
     }  # fmt: skip
+    kept = file.read_text() if file.exists() else ""
+    pickles = set(job.folder.glob("*.pkl"))
     write_json(file, record)
-    before = set(job.folder.iterdir()) - {file}
     try:
         number = executor.submit(Command(str(job.run), job.verb)).job_id
     except UsageError:
-        _clear_up(job, before)
+        _clear_up(job, set(job.folder.glob("*.pkl")) - pickles, kept)
         raise
     write_json(file, {**record, "job": number})
     append_json_line(job.run / EVENTS, event="submit", verb=job.verb, job=number, name=job.name)
@@ -123,10 +124,13 @@ def _sbatch(script: Path, job: Job) -> str:
     raise (UsageError if answer is not None else SiteError)(_refusal(said))
 
 
-def _clear_up(job: Job, before: set[Path]) -> None:
-    """Remove what was written for a job that Slurm refused, and folders that were made for it."""
-    for made in set(job.folder.iterdir()) - before:
+def _clear_up(job: Job, pickles: set[Path], kept: str) -> None:
+    """Remove what was written for a job that Slurm refused. kept: the record of the job before it."""
+    record = record_of(job.run, job.verb)
+    for made in (*pickles, job.folder / f"{job.name}.sh", record):
         made.unlink(missing_ok=True)
+    if kept:
+        write_whole(record, kept)
     for folder in (job.folder, job.run):
         with suppress(OSError):  # in use
             folder.rmdir()

@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import datetime
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -58,9 +57,9 @@ class StopFlag:
 
 
 def time_left(env: Mapping[str, str]) -> float:
-    """Seconds until Slurm ends this job; inf where that is not known."""
-    with suppress(ValueError):
-        return float(env.get("SLURM_JOB_END_TIME", "")) - time.time()
-    with suppress(ValueError):
-        return datetime.fromisoformat(env.get("HPCGEN_JOB_END", "")).timestamp() - time.time()
+    """Seconds until Slurm ends this job; inf where that is not known, or was later put off."""
+    for name in ("SLURM_JOB_END_TIME", "HPCGEN_JOB_END"):  # seconds since the epoch
+        with suppress(ValueError):
+            left = float(env.get(name, "")) - time.time()
+            return left if left > 0 else math.inf
     return math.inf

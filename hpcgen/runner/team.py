@@ -7,7 +7,7 @@ token of the launch, and to end all ranks when one fails. The work itself is sha
 import logging
 import os
 import sys
-import time
+import threading
 import traceback
 import uuid
 from collections.abc import Mapping
@@ -69,26 +69,27 @@ class Team:
             os._exit(exit_code(fault))  # some launchers return from Abort and kill a moment later
 
     def _leave(self, fault: BaseException) -> None:
-        """Leave MPI together with the others, but wait for them no longer than that.
+        """Leave MPI in good order, which waits for the others, but no longer than _LEAVE_S.
 
-        Not by MPI's own end under srun: where a node was lost, the pmi2 of Slurm 22.05 tries to reach it for ten
-        seconds and then kills the step, by then perhaps that of the job's next start, which has the same number.
+        Under Slurm's pmi2 at once: where a node was lost it tries to reach it for ten seconds and then kills the step,
+        by then perhaps that of the job's next start, which has the same number.
         """
         from mpi4py import MPI
 
-        if MPI.Is_finalized():
-            return
-        end, there = time.monotonic() + _LEAVE_S, self.comm.Ibarrier()
-        while not (met := there.Test()) and time.monotonic() < end:
-            time.sleep(0.02)
-        if met and "SLURM_STEP_ID" not in os.environ:
+        def give_up(why: str) -> None:
+            log.warning("%s%s", fault, why)
+            _flush()
+            os._exit(exit_code(fault))
+
+        if _under_slurms_pmi2(os.environ):
+            give_up("")
+        slow = f" (rank {self.rank}: the others did not leave within {_LEAVE_S:.0f} s)"
+        timer = threading.Timer(_LEAVE_S, give_up, (slow,))
+        timer.daemon = True
+        timer.start()
+        if not MPI.Is_finalized():
             MPI.Finalize()
-            return
-        log.warning("%s", fault)
-        if not met:
-            log.warning("rank %d: the others did not leave within %.0f s", self.rank, _LEAVE_S)
-        _flush()
-        os._exit(exit_code(fault))
+        timer.cancel()
 
 
 def exit_code(fault: BaseException) -> int:
@@ -199,6 +200,12 @@ def env_number(env: Mapping[str, str], name: str, otherwise: int) -> int:
         return int(text)
     except ValueError:
         raise SiteError(f"environment variable {name}={text!r}: want a whole number") from None
+
+
+def _under_slurms_pmi2(env: Mapping[str, str]) -> bool:
+    """Whether `srun --mpi=pmi2` started this rank, and no mpiexec within such a step."""
+    step = f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"
+    return env.get("PMI_JOBID") == step and "MPI_LOCALNRANKS" not in env
 
 
 def _abort_on_uncaught(team: Team) -> None:

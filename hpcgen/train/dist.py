@@ -9,9 +9,11 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -52,7 +54,7 @@ class Ranks:
     """
 
     def __init__(
-        self, place: Place, device: torch.device, store: dist.Store | None = None, timeout_s: float = 600.0
+        self, place: Place, device: torch.device, store: dist.Store | None = None, timeout_s: float = 0.0
     ) -> None:
         self.place, self.device, self.store = place, device, store
         self.rank, self.world, self.timeout_s = place.rank, place.world, timeout_s
@@ -91,13 +93,15 @@ class Ranks:
         return value
 
     def cause(self, fault: BaseException) -> BaseException:
-        """What another rank said why it failed, if this error is only its echo; else the error itself."""
+        """An error; for one that is but the echo of another rank's what that one said, or that it said nothing."""
         if self.store is None or not _is_echo(fault):
             return fault
         try:
-            return ToldByAnother(json.loads(self.store.get("fault"))) if self._heard() else fault
-        except RuntimeError:  # the store went down with rank 0
-            return fault
+            if self._heard():
+                return ToldByAnother(json.loads(self.store.get("fault")))
+            return SiteError(f"another rank ended without a word ({reason(fault)})")
+        except RuntimeError:
+            return SiteError(f"rank 0 is gone ({reason(fault)})")
 
     def __enter__(self) -> "Ranks":
         return self
@@ -148,8 +152,6 @@ class Ranks:
                 known = self.store.compare_set("sentence", "", str(fault)).decode() == str(fault)
                 if isinstance(fault, HpcgenError) and known and number > 1:  # agreed by all: once is enough
                     said = ""
-                elif _is_echo(fault):
-                    code, said = SiteError.exit_code, f"{where}: another rank ended without a word ({reason(fault)})"
                 self.store.set("fault", json.dumps({**self._told(fault), "code": code}))
             if self.rank == 0:
                 self.store.set("saved", str(code))
@@ -157,8 +159,6 @@ class Ranks:
             else:
                 self.store.add("left", 1)
         except RuntimeError as lost:  # the store went down with rank 0
-            if _is_echo(fault):
-                code, said = SiteError.exit_code, f"{where}: rank 0 is gone ({reason(fault)})"
             said = said or f"{where}: {reason(fault)} ({reason(lost)})"
         return code, said
 
@@ -170,21 +170,30 @@ class Ranks:
         """End this process since another rank failed: its main thread may wait for that one in a collective."""
         assert self.store is not None
         time.sleep(_SELF_S if self.rank == 0 else 1.0)
-        self.note(told["said"], {"rank": told["rank"], "kind": told["kind"]})
-        self.store.add("left", 1)
+        self._note(told)
+        with suppress(RuntimeError):
+            self.store.add("left", 1)
         log.warning("rank %d of %d: leaving, since rank %d failed", self.rank, self.world, told["rank"])
         _leave(told["code"])
 
     def _tell_late(self, said: str, rank: int) -> None:
         """End the run since a rank does not come; if that is the first one, every rank does so for itself."""
         assert self.store is not None
-        log.critical("%s", said)
-        origin = {"rank": rank, "kind": SiteError.__name__}
-        self.note(said, origin)
+        told = {"code": SiteError.exit_code, "said": said, "rank": rank, "kind": SiteError.__name__}
         if rank or not self.rank:
-            self.store.set("fault", json.dumps({"code": SiteError.exit_code, "said": said, **origin}))
+            self.store.set("fault", json.dumps(told))
+        log.critical("%s", said)
+        self._note(told)
+        if not self.rank:
             self._wait_for_the_others()
         _leave(SiteError.exit_code)
+
+    def _note(self, told: dict[str, Any]) -> None:
+        """Into the events of the run, unless the file system, which may be what hangs, does not answer."""
+        origin = {"rank": told["rank"], "kind": told["kind"]}
+        writer = threading.Thread(target=self.note, args=(told["said"], origin), daemon=True)
+        writer.start()
+        writer.join(_GRACE_S)
 
     def _wait_for(self, key: str) -> str:
         """The value of a key, when it is there. Raises RuntimeError. (A wait of the store's own would keep the

@@ -97,17 +97,19 @@ def _run(
     stopping = ranks.sum(_numbers([bool(stop)], ranks))[0] > 0
     while True:
         if stopping:
+            ranks.at("saving", progress.step)
             if saver is not None:
-                ranks.at("saving", progress.step)
                 saver.save(state)
             reason = stop.reason or "another rank was asked to"
             raise StoppedEarly(f"stopped early ({reason}) at step {progress.step}; the same command goes on from here")
         if _validation_due(config, progress):
             ranks.at("validating", progress.step)
-            _note_validation(validate(config, ranks, data, state.ema), state, saver, journal)
+            with clock.timing("validation"):
+                _note_validation(validate(config, ranks, data, state.ema), state, saver, journal)
+        ranks.at("saving", progress.step)
         if saver is not None and saver.due(progress.step):
-            ranks.at("saving", progress.step)
-            clock.saved(saver.save(state))
+            with clock.timing("saving"):
+                saver.save(state)
         if progress.step >= config.steps:
             return
 

@@ -32,16 +32,15 @@ class Saver:
             return True
         return time.monotonic() - self._saved_at >= config.save_every_s > 0
 
-    def save(self, state: State) -> float:
-        """Write a checkpoint, unless there is one of this step; the seconds it took. Raises StorageError."""
-        step, began = state.progress.step, time.monotonic()
+    def save(self, state: State) -> None:
+        """Write a checkpoint, unless there is one of this step. Raises StorageError."""
+        step = state.progress.step
         if step == self.saved_step:
-            return 0.0
+            return
         told = {"config": dataclasses.asdict(self.config), "data": self.facts["data"], "versions": self.facts}
         self.checkpoints.save({**state.content(), **told}, step)
         self._export("last.pt", state)
         self.saved_step, self._saved_at = step, time.monotonic()
-        return self._saved_at - began
 
     def save_best(self, state: State) -> None:
         """Write best.pt. Raises StorageError."""

@@ -5,6 +5,7 @@ one compares.
 """
 
 import json
+import math
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from hpcgen.launch.place import Place
 
 DOING = ("starting", "validating", "saving", "reading", "computing")  # in the order of a step
 _LOOK_S = 1.0
+_FROZEN_S = 5.0
 _SILENT_S = 10.0  # without a beat for so long a rank is dead or stopped, if a limit as short does not end before
 Doing = tuple[int, str]  # step, one of DOING
 
@@ -48,30 +50,45 @@ class Watch:
         self.doing: Doing = (-1, DOING[0])
         self._store, self._place, self._limit_s = store, place, limit_s
         self._on_fault, self._on_late = on_fault, on_late
-        self._beats, self._seen, self._answered_at = 0, dict[int, Seen](), time.monotonic()
+        self._beats, self._seen = 0, dict[int, Seen]()
+        self._first_beat, self._answered_at = 0, time.monotonic()
         self._tell()
         threading.Thread(target=self._run, name="ranks", daemon=True).start()
         if place.rank:
             threading.Thread(target=self._watch_first, name="first rank", daemon=True).start()
 
     def _run(self) -> None:
+        passed_at = time.monotonic()
         try:
             while not self._store.check(["fault"]):
                 time.sleep(_LOOK_S)
                 self._tell()
-                self._answered_at = time.monotonic()
+                if self._place.rank:
+                    self._look_at_first()
+                if _was_frozen(passed_at):
+                    self._seen.clear()
+                passed_at = time.monotonic()
                 if self._place.rank == 0 and (late := self._late()):
                     self._on_late(*late)
             self._on_fault(json.loads(self._store.get("fault")))
         except RuntimeError:  # no store, no first rank: the collectives say so as well
-            self._answered_at = float("inf")
+            self._answered_at = math.inf
 
     def _watch_first(self) -> None:
         """A store whose process is stopped does not answer, and who asks it waits for ever."""
+        passed_at = time.monotonic()
         while (silent_s := time.monotonic() - self._answered_at) < self._limit_s:
             time.sleep(_LOOK_S)
+            if _was_frozen(passed_at):
+                self._answered_at = max(self._answered_at, time.monotonic())
+            passed_at = time.monotonic()
         why = "killed, stopped, or its node is lost"
         self._on_late(f"rank 0 of {self._place.world} does not answer for {silent_s:.0f} s; {why}", 0)
+
+    def _look_at_first(self) -> None:
+        """The store may be kept by torchrun instead: it is the beat of the first rank that counts."""
+        if self._store.check(["beat/0"]) and (beat := json.loads(self._store.get("beat/0"))[0]) != self._first_beat:
+            self._first_beat, self._answered_at = beat, time.monotonic()
 
     def _tell(self) -> None:
         self._beats += 1
@@ -98,17 +115,22 @@ class Watch:
 
 def name_late(seen: dict[int, Seen], now: float, still_s: float, silent_s: float) -> tuple[str, int] | None:
     """Who keeps the others waiting; None where all live and are at the same thing."""
-    silent = [rank for rank, of in seen.items() if now - of.beat_at > silent_s]
-    if silent:
-        first = seen[silent[0]]
+    late = [rank for rank, of in seen.items() if now - of.beat_at > silent_s]
+    if late:
+        first = seen[late[0]]
         why = f"no sign of life for {now - first.beat_at:.0f} s; killed, stopped, or its node hangs"
     else:
         place = {rank: (of.doing[0], DOING.index(of.doing[1])) for rank, of in seen.items()}
-        silent = [rank for rank, at in place.items() if at == min(place.values())]
-        first = seen[silent[0]]
-        if len(silent) == len(seen):
+        late = [rank for rank, at in place.items() if at == min(place.values())]
+        first = seen[late[0]]
+        if len(late) == len(seen):
             return None
         why = f"{first.doing[1]}{f' in step {first.doing[0]}' if first.doing[0] >= 0 else ''} for {still_s:.0f} s"
-    more = f", and {len(silent) - 1} more ({', '.join(map(str, silent[1:9]))}{', …' * (len(silent) > 9)})"
-    told = f"rank {silent[0]} of {len(seen)} on {first.host} keeps the others waiting: {why}"
-    return told + (more if len(silent) > 1 else ""), silent[0]
+    more = f", and {len(late) - 1} more ({', '.join(map(str, late[1:9]))}{', …' * (len(late) > 9)})"
+    told = f"rank {late[0]} of {len(seen)} on {first.host} keeps the others waiting: {why}"
+    return told + (more if len(late) > 1 else ""), late[0]
+
+
+def _was_frozen(passed_at: float) -> bool:
+    """Whether this process itself was stopped since: the whole job may have been suspended, and nobody is late."""
+    return time.monotonic() - passed_at > _LOOK_S + _FROZEN_S

@@ -16,7 +16,8 @@ exec >> '/scratch/me/my run/submit'/train-"$SLURM_JOB_ID".log 2>&1
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # When Slurm ends this job, for those that must leave before (Slurm itself tells it since 23.02).
-HPCGEN_JOB_END=$(squeue --noheader --format=%e --jobs="$SLURM_JOB_ID")
+end=$(SLURM_TIME_FORMAT=standard squeue --noheader --format=%e --jobs="$SLURM_JOB_ID")
+HPCGEN_JOB_END=$(date --date="$end" +%s 2> /dev/null)
 export HPCGEN_JOB_END
 # Of this start alone: ranks on a lost node may live on.
 export HPCGEN_FAILED='/scratch/me/my run/submit'/failed-"$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
