@@ -64,9 +64,9 @@ def test_a_cancelled_job_stays_away(cluster: Cluster, store: Path, tmp_path: Pat
     assert events(tmp_path, "stop")[0]["reason"].startswith("stopped early (SIGTERM)")
 
 
-@pytest.mark.bench  # four minutes, most of them waiting
+@pytest.mark.bench  # some minutes, most of them waiting
 def test_a_job_out_of_time_is_queued_again_and_ends(cluster: Cluster, store: Path, tmp_path: Path) -> None:
-    flags, steps = ("--time=1", "--signal=USR2@10"), 1500
+    flags, steps = ("--time=1", "--signal=USR2@10"), 300
     job = sbatch(cluster, 1, "train_mp20.sh", *TINY, f"steps={steps}", flags=flags, HPCGEN_STORE=str(store),
                  HPCGEN_RUN=str(tmp_path))  # fmt: skip
     assert cluster.wait(job, timeout_s=500) == "COMPLETED"
