@@ -68,7 +68,7 @@ def failed(cluster: Cluster, job: str, code: int, timeout_s: float = 120) -> Non
 
 
 def lose_the_first_node(cluster: Cluster, job: str, run: Path, freeze: Iterable[str] = ()) -> None:
-    """Kill the slurmd of the node with rank 0 and the batch script, which live on; wait for the next start."""
+    """Cut off the node of rank 0 and the batch script, while its ranks live on; wait for the next start."""
     assert cluster.show(job)["BatchHost"] == "n1"
     restarts = int(cluster.show(job)["Restarts"])
     cluster.lose_node("n1")

@@ -19,7 +19,7 @@ from hpcgen.launch.place import Place
 
 DOING = ("starting", "validating", "saving", "reading", "computing")  # in the order of a step
 _LOOK_S = 1.0
-_FROZEN_S = 5.0
+_FROZEN_S = 5.0  # longer than a look for so much: this process was stopped itself
 _SILENT_S = 10.0  # without a beat for so long a rank is dead or stopped, if a limit as short does not end before
 Doing = tuple[int, str]  # step, one of DOING
 
