@@ -447,9 +447,9 @@ MPI = ("mpiexec", "-n", "3")
 @pytest.mark.parametrize(
     ("launcher", "processes", "kills"),
     [
-        pytest.param((), "2", 20),
-        pytest.param(MPI, "1", 5, marks=pytest.mark.mpi),
+        pytest.param(MPI, "1", 3, marks=pytest.mark.mpi),
         pytest.param((), "1", 20, marks=pytest.mark.bench),
+        pytest.param((), "2", 20, marks=pytest.mark.bench),
         pytest.param(MPI, "1", 20, marks=[pytest.mark.mpi, pytest.mark.bench]),
     ],
 )

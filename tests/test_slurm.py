@@ -25,7 +25,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_preempted_three_times_is_training_not_preempted(
     cluster: Cluster, store: Path, tmp_path: Path, per_node: int, record_property: Callable[[str, object], None]
 ) -> None:
-    words, where = (*TINY, "steps=400"), {"HPCGEN_STORE": str(store)}
+    words, where = (*TINY, "steps=240"), {"HPCGEN_STORE": str(store)}
     run, calm = tmp_path / "run", tmp_path / "calm"
     job = sbatch(cluster, per_node, "train_mp20.sh", *words, HPCGEN_RUN=str(run), **where)
     gone = disturb(cluster, job, run, 3, step_of)
@@ -43,11 +43,17 @@ def test_training_preempted_three_times_is_training_not_preempted(
     assert_same_run(run, calm)
 
 
-def test_a_campaign_preempted_three_times_is_one_in_one_process(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("per_node", "n"), [(2, 6000), pytest.param(2, 20_000, marks=pytest.mark.bench),
+                        pytest.param(8, 20_000, marks=pytest.mark.bench)]
+)  # fmt: skip
+def test_a_campaign_preempted_three_times_is_one_in_one_process(
+    cluster: Cluster, tmp_path: Path, per_node: int, n: int
+) -> None:
     checkpoint, run, calm = make_checkpoint(tmp_path / "model.pt"), tmp_path / "run", tmp_path / "calm"
-    sizes = {"n": 6000, "steps": 2, "tile": 100, "block": 200, "device": "cpu", "processes": 0}
+    sizes = {"n": n, "steps": 2, "tile": 100, "block": 200, "device": "cpu", "processes": 0}
     words = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    job = sbatch(cluster, 2, "campaign.sh", *words, "--checkpoint", str(checkpoint), HPCGEN_RUN=str(run))
+    job = sbatch(cluster, per_node, "campaign.sh", *words, "--checkpoint", str(checkpoint), HPCGEN_RUN=str(run))
     disturb(cluster, job, run, 3, lambda run: len(list(run.glob("all-*.h5"))))
     assert cluster.wait(job, timeout_s=400) == "COMPLETED", log_of(run, job, "campaign")
     run_campaign(checkpoint, calm, **sizes)
