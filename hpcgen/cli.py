@@ -209,15 +209,15 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
 
     what = campaign.add_argument_group("what to make")
     add = what.add_argument
-    add("--formula", default="", metavar="F", help="the whole content of the cell, as Li9P3S12")
-    add("--formulas", default="", metavar="FILE",
+    add("--formula", type=_word, metavar="F", help="the whole content of the cell, as Li9P3S12")
+    add("--formulas", type=_word, metavar="FILE",
         help="formulas, one a line; CSV with id,formula[,num_atoms]; or a STORE")  # fmt: skip
     add("--per-formula", type=int, default=1, metavar="K", help="crystals of each (default: %(default)s)")
-    add("--split", default="", help="of that store (default: all)")
+    add("--split", type=_word, help="of that store (default: all)")
     add("--limit", type=int, default=0, metavar="L", help="only the first L formulas")
     add("--condition", action="append", default=[], metavar="NAME=X", help="a property, as band_gap=1.5; repeatable")
-    add("--elements", default="", metavar="A-B-C", help="chemical system, as Li-P-S: no others are taken")
-    add("--num-atoms", default="", metavar="N|MIN-MAX", help="atoms of a cell (default: as in training)")
+    add("--elements", type=_word, metavar="A-B-C", help="chemical system, as Li-P-S: no others are taken")
+    add("--num-atoms", type=_word, metavar="N|MIN-MAX", help="atoms of a cell (default: as in training)")
 
     how = campaign.add_argument_group("how to make it")
     add = how.add_argument
@@ -238,6 +238,13 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
     campaign.set_defaults(run=_campaign, resumable=True, job=_campaign_job)
 
 
+def _word(text: str) -> str:
+    """As a variable of a shell that is not set: not the same as a flag left out."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
 def _campaign_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]]:
     config = _campaign_config(arguments)
     return Path(config.out), [config.checkpoint, config.formulas]
@@ -249,7 +256,7 @@ def _campaign_config(arguments: argparse.Namespace) -> "CampaignConfig":
     from hpcgen.campaign.config import CampaignConfig, read_conditions
 
     names = [field.name for field in dataclasses.fields(CampaignConfig)]
-    told = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    told = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     return CampaignConfig(**told, conditions=read_conditions(arguments.condition)).checked()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcgen.errors import UsageError
@@ -26,7 +26,7 @@ def load_config(schema: type[Schema], file: Path | None = None, overrides: Itera
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise UsageError(f"{word!r}: want key=value, for example seed=1")
-        merged = _merge(base, merged, _from_word(word if value else f"{key}=''"), word)
+        merged = _merge(base, merged, _from_word(base, key, value), word)
     return _instance(merged)
 
 
@@ -54,11 +54,27 @@ def _read_yaml(file: Path) -> DictConfig:
     return read
 
 
-def _from_word(word: str) -> DictConfig:
+def _from_word(base: DictConfig, key: str, value: str) -> DictConfig:
+    """A text is taken as it stands (YAML reads 2024_01 as a number), all else as YAML."""
+    as_text = isinstance(_node(base, key), StringNode) and value[:1] not in ("'", '"')
     try:
-        return OmegaConf.from_dotlist([word])
+        read = OmegaConf.from_dotlist([f"{key}=''" if as_text or not value else f"{key}={value}"])
+        if as_text:
+            OmegaConf.update(read, key, value)
+        return read
     except Exception as fault:
-        raise UsageError(f"{word!r}: cannot be read as key=value ({str(fault).splitlines()[0]})") from fault
+        raise UsageError(f"{f'{key}={value}'!r}: cannot be read as key=value ({_first_line(fault)})") from fault
+
+
+def _node(base: DictConfig, key: str) -> Any:
+    node: Any = base
+    for name in key.split("."):
+        node = node._get_node(name) if isinstance(node, DictConfig) and name in node else None
+    return node
+
+
+def _first_line(fault: BaseException) -> str:
+    return str(fault).splitlines()[0] if str(fault) else type(fault).__name__
 
 
 def _merge(base: DictConfig, merged: DictConfig, change: DictConfig, where: str) -> DictConfig:

@@ -127,5 +127,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 def make_folder(path: Path) -> Path:
     """Make a folder and its parents. Raises StorageError where that is not allowed."""
     with storage_faults(path):
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError as fault:  # the parents are there by now: a place where nothing can be made
+            raise StorageError(f"{path}: no folder can be made there ({fault.strerror})") from fault
     return path

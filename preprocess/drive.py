@@ -22,9 +22,8 @@ DISORDER_HELP = "partially occupied sites: drop (refuse the entry), majority, or
 def run(parser: argparse.ArgumentParser, make_source: Callable[[argparse.Namespace], Source]) -> int:
     """Parse the command line, build the store, write its summary page. Returns the exit code of DESIGN.md."""
     _add_options(parser)
-    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    return guarded(lambda: _build(args, make_source), resumable=True)
+    return guarded(lambda: _build(parser.parse_args(), make_source), resumable=True)
 
 
 def _build(args: argparse.Namespace, make_source: Callable[[argparse.Namespace], Source]) -> int:

@@ -201,6 +201,11 @@ class Cluster:
         self.daemons[name].wait()
         self.run("scontrol", "update", f"nodename={name}", "state=down", "reason=lost")
 
+    def crash_node(self, name: str) -> None:
+        """A node that dies with all that runs there; Slurm finds out by itself."""
+        _end(self.folder, name)
+        self.daemons[name].wait()
+
     def start_node(self, name: str) -> None:
         """Start a node; nothing that ran there before lives."""
         _end(self.folder, name)

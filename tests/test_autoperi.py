@@ -15,11 +15,12 @@ from hpcgen.crystal.torus import shortest_step, wrap
 from hpcgen.diffusion.draw import Draw, Purpose
 from hpcgen.diffusion.flow import SPREAD, centred
 from hpcgen.errors import InputError
-from hpcgen.models.autoperi import AutoPeri, Known, Noise, Request
+from hpcgen.models.autoperi import AutoPeri, Known, Noise
 from hpcgen.models.autoperi_config import AutoPeriConfig
 from hpcgen.models.batch import Batch
 from hpcgen.models.dense import Dense
-from hpcgen.nn.basis import Reach
+from hpcgen.models.request import Request
+from hpcgen.nn.basis import Reach, nearest_images
 from hpcgen.nn.transformer import ELEMENTS, Reading
 from hpcgen.store.read import Store
 from hpcgen.store.write import write_store
@@ -320,3 +321,13 @@ def test_training_noise_changes_with_step_and_sample(purpose: Purpose) -> None:
     name = {Purpose.SITE: "sites", Purpose.LATTICE: "lattice"}[purpose]
     assert not torch.equal(getattr(first, name), getattr(later, name))
     assert len(getattr(first, name).flatten(1).unique(dim=0)) == len(of)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_leaves_the_geometry_alone(precision: torch.dtype) -> None:
+    dense = Dense.of(crystals().to(dtype=torch.float32))
+    sites, lattice = dense.sites, crystals().lattice.float()
+    plain = nearest_images(sites, lattice)
+    with torch.autocast("cpu", precision):
+        half = nearest_images(sites, lattice)
+    assert all(torch.equal(one, other) for one, other in zip(plain, half, strict=True))

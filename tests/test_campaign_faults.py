@@ -228,7 +228,13 @@ BAD = [
     (["--n", "9", "--formula", "Li0.5CoO2"], 2, "0.5 atoms"),
     (["--n", "9", "--formula", "Li0O"], 2, "0 atoms"),
     (["--n", "9", "--formula", "Fe99999999"], 2, "99,999,999 atoms"),
-    (["--n", "9", "--formula", " "], 2, "no atoms"),
+    (["--n", "9", "--formula", ""], 2, "argument --formula: is empty"),
+    (["--n", "9", "--formulas", ""], 2, "argument --formulas: is empty"),
+    (["--n", "9", "--elements", " "], 2, "argument --elements: is empty"),
+    (["--n", "9", "--num-atoms", ""], 2, "argument --num-atoms: is empty"),
+    (["--n", "9", "--num-atoms", "9" * 5000], 2, "want a number or a range"),
+    (["--n", "9", "--formula", "Fe" + "9" * 5000], 2, "want whole numbers from 1 on"),
+    (["--n", "9", "--out", "/proc/hpcgen"], 7, "/proc/hpcgen: no folder can be made there"),
     (["--n", "9", "--elements", "Li-Foo"], 2, "'Foo' is no element"),
     (["--n", "9", "--num-atoms", "9-3"], 2, "the lower number first"),
     (["--n", "9", "--num-atoms", "few"], 2, "want a number or a range"),
@@ -246,7 +252,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("words", "code", "told"), BAD, ids=[" ".join(words) for words, _, _ in BAD])
+@pytest.mark.parametrize(("words", "code", "told"), BAD, ids=[" ".join(words)[:60] for words, _, _ in BAD])
 def test_bad_words(
     checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, words: list[str], code: int, told: str
 ) -> None:

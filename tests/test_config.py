@@ -37,6 +37,17 @@ def test_nothing_behind_the_equals_sign_is_an_empty_text() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["2024_01", "0123", "12:30", "1e3", "on", "null", "~", "a: b", "{a}", "#1", "runs/a=b"]
+)
+def test_a_text_is_taken_as_it_stands(text: str) -> None:
+    assert load_config(Example, None, [f"name={text}"]).name == text
+
+
+def test_quotes_of_yaml_are_understood() -> None:
+    assert load_config(Example, None, ["name='a b'"]).name == "a b"
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         (["seed="], "seed"),

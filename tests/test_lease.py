@@ -87,12 +87,12 @@ def test_a_holder_on_another_host_that_beats_keeps_the_folder(tmp_path: Path) ->
 
 
 def test_a_job_that_was_started_again_follows_what_lives_of_it(tmp_path: Path) -> None:
-    first = Lease.take(tmp_path, Team("mpi", 0, 2, "aaa", "4711"), beat_s=0.1)
+    first = Lease.take(tmp_path, Team("mpi", 0, 1, "aaa", "4711"), beat_s=0.1)
     with pytest.raises(StorageError, match="belongs to another run"):
-        Lease.take(tmp_path, Team("mpi", 0, 2, "bbb", "4712", restart=1))  # another job
+        Lease.take(tmp_path, Team("mpi", 0, 1, "bbb", "4712", restart=1))  # another job
     with pytest.raises(StorageError, match="belongs to another run"):
-        Lease.take(tmp_path, Team("mpi", 0, 2, "ccc", "4711"))  # another step of this start
-    with Lease.take(tmp_path, Team("mpi", 0, 2, "ddd", "4711", restart=1)) as second:
+        Lease.take(tmp_path, Team("mpi", 0, 1, "ccc", "4711"))  # another step of this start
+    with Lease.take(tmp_path, Team("mpi", 0, 1, "ddd", "4711", restart=1)) as second:
         with pytest.raises(StorageError, match="lost the lease, now held by"):
             first.check()
         first.note_error("of no interest any more", {"rank": 0})

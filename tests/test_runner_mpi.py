@@ -73,6 +73,20 @@ def test_all_ranks_leave_when_told_to_stop(tmp_path: Path, to_all: bool) -> None
     assert found(tmp_path) == expected(done + 6)
 
 
+@pytest.mark.parametrize("which", [0, 2])
+def test_the_others_do_the_work_of_a_rank_that_is_stopped_and_name_it(tmp_path: Path, which: int) -> None:
+    launch = Launch(tmp_path, "item_s=0.05", "n=40", "beat_s=0.5", "processes=0", ranks=3)
+    wait_for(lambda: len(list(tmp_path.glob("heartbeat/*.json"))) == 3 and list(tmp_path.glob("blocks/*.txt")))
+    os.kill(json.loads((tmp_path / "heartbeat" / f"{which}.json").read_text())["pid"], signal.SIGSTOP)
+    code, text = launch.end(60)
+    assert code == 3, text
+    assert re.search(f"rank {which} on .* gives no sign of life; the same command", text)
+    assert found(tmp_path) == expected(40)
+    wait_for(lambda: not launch.family(), 5)
+    code, text = Launch(tmp_path, "n=40", ranks=2).end()
+    assert code == 0 and litter(tmp_path) == [], text
+
+
 def test_a_killed_launch_is_followed_by_the_next_one_at_once(tmp_path: Path) -> None:
     launch = Launch(tmp_path, "item_s=0.05", "n=60", "beat_s=5", ranks=3)
     wait_for(lambda: len(list(tmp_path.glob("blocks/*.txt"))) > 3)

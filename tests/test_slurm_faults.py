@@ -113,6 +113,22 @@ def test_a_submitted_training_is_preempted_and_loses_a_node(
     assert_same_run(run, other)
 
 
+def test_a_node_that_dies_with_its_rank_is_done_without(
+    cluster: Cluster, store: Path, calm: Path, tmp_path: Path
+) -> None:
+    """The others find out at once and leave; srun waits for the lost task until Slurm queues the job again."""
+    job = sbatch(cluster, 1, "train_mp20.sh", *TINY, "steps=60", "save_every_steps=10", flags=("--nodes=2",),
+                 HPCGEN_STORE=str(store), HPCGEN_RUN=str(tmp_path))  # fmt: skip
+    until(lambda: step_of(tmp_path) > 12, 120, tmp_path)
+    cluster.crash_node("n2")
+    try:
+        assert cluster.wait(job, timeout_s=240) == "COMPLETED", log_of(tmp_path, job)
+    finally:
+        cluster.bring_back("n2")
+    assert int(cluster.show(job)["Restarts"]) >= 1 and "another rank ended without a word" in log_of(tmp_path, job)
+    assert_same_run(tmp_path, calm)
+
+
 def test_a_campaign_goes_on_without_a_node_whose_ranks_still_write(cluster: Cluster, tmp_path: Path) -> None:
     checkpoint, run, other = make_checkpoint(tmp_path / "model.pt"), tmp_path / "run", tmp_path / "calm"
     sizes = {"n": 5000, "steps": 4, "tile": 50, "block": 100, "device": "cpu", "processes": 0}

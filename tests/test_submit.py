@@ -78,6 +78,8 @@ BAD = [
     (["train.tasks_per_node=4", "train.gpus_per_node=8"], "a task for each GPU"),
     (["gpu_flag=gpus-per-task", "campaign.tasks_per_node=2", "campaign.gpus_per_node=4"], "wants as many"),
     (["signal_s=-1"], "signal_s = -1"),
+    (["signal_s=120", "campaign.minutes=2"], "the job would hear of its end before it begins"),
+    (["extra.job-name=mine"], "extra.job-name: the batch script sets --job-name itself"),
 ]  # fmt: skip
 
 
@@ -129,6 +131,55 @@ def test_a_dry_run_is_quick_and_light() -> None:
     assert float(done.stderr) < 2 and done.stdout.startswith("#!/bin/bash")
 
 
+def test_flags_of_several_words_are_quoted() -> None:
+    assert '#SBATCH --comment="two words"\n' in render(job(read_site(None, ["extra.comment=two words"])))
+
+
+# ---- how a batch script ends: what a real Slurm says in these cases is in test_slurm*.py -----------------------------
+
+RUNNING, PREEMPTED = "JobState=RUNNING PreemptTime=None", "JobState=RUNNING PreemptTime=2026-11-21T23:00:00"
+ENDS = [  # code of srun, what a task left (None: nothing), answers of scontrol show, code of the job, queued again?
+    (0, None, [RUNNING], 0, False),
+    (4, None, [RUNNING], 4, False),
+    (137, None, [RUNNING], 137, False),
+    (143, "4", [RUNNING], 4, False),
+    (75, "", [RUNNING], 7, False),  # a task could not even write its code: no space
+    (75, None, [RUNNING], 75, True),
+    (75, None, ["", "", RUNNING], 75, True),  # the controller was away
+    (140, None, [RUNNING], 140, True),
+    (143, None, [RUNNING], 143, False),  # ended by TERM, but not by Slurm
+    (143, None, [PREEMPTED], 143, True),
+    (75, None, ["JobState=COMPLETING"], 75, False),
+    (75, None, ["JobState=COMPLETING Reason=TimeLimit"], 75, True),
+    (75, None, [""], 75, False),
+]
+
+
+@pytest.mark.parametrize(("code", "told", "shows", "ends", "queued"), ENDS)
+def test_how_the_script_ends(
+    tmp_path: Path, code: int, told: str | None, shows: list[str], ends: int, queued: bool
+) -> None:
+    if told is not None:
+        (tmp_path / "failed").write_text(told)
+    for number, state in enumerate(shows):
+        (tmp_path / f"show-{number}").write_text(state)
+    slurm = """
+        show() { # the next answer; an empty one is none
+            file=$(ls show-* | head -n 1)
+            if [ -s "$file" ]; then cat "$file"; return 0; fi
+            if [ "$(ls show-* | wc -l)" -gt 1 ]; then rm "$file"; fi
+            return 1
+        }
+        requeue() { echo "$1" >> asked; [ "$(wc -l < asked)" -gt 1 ] && touch queued; } # not at the first time
+        scontrol() { if [ "$1" = show ]; then show; else requeue "$2"; fi; }
+        sleep() { if [ -e queued ]; then exit 99; fi; } # Slurm ends the script
+    """
+    text = f"HPCGEN_FAILED=failed; job=17_4; code={code}\n{slurm}\n{ENDING}"
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    asked = (tmp_path / "asked").read_text().split() if (tmp_path / "asked").exists() else []
+    assert (done.returncode, asked) == ((99, ["17_4"] * 2) if queued else (ends, [])), done.stdout + done.stderr
+
+
 # ---- a scheduler that answers strangely: only a stand-in does -----------------------------------------------------
 
 
@@ -178,6 +229,19 @@ def test_a_job_that_was_queued_in_spite_of_an_error_is_found(
     assert json.loads((tmp_path / "run" / "submit" / "campaign.json").read_text())["job"] == "42"
     assert submit() == 2, "it is queued already"
     assert "is job 42 already" in capsys.readouterr().err
+
+
+def test_a_job_of_which_nobody_knows_keeps_its_record(
+    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hpcgen.launch.submit._LOOK_S", 0.1)
+    say(slurm, "squeue", 'test -e "$(dirname "$0")/seen" && echo 42; exit 0')
+    say(slurm, "sbatch", 'echo "sbatch: error: Unable to contact slurm controller" >&2; exit 1')
+    assert submit() == 3
+    name = json.loads((tmp_path / "run" / "submit" / "campaign.json").read_text())["name"]
+    assert f"squeue --name={name}" in capsys.readouterr().err
+    (slurm / "seen").touch()
+    assert submit() == 2 and "is job 42 already" in capsys.readouterr().err
 
 
 def test_a_partition_that_does_not_exist_names_those_that_do(

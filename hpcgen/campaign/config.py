@@ -111,7 +111,7 @@ class CampaignConfig:
         if not self.num_atoms:
             return None
         least, dash, most = self.num_atoms.partition("-")
-        if not (least.isdecimal() and (most.isdecimal() or not dash)):
+        if not (least.isdecimal() and (most.isdecimal() or not dash)) or len(self.num_atoms) > 20:
             raise UsageError(f"--num-atoms {self.num_atoms}: want a number or a range, as 12 or 4-20")
         bounds = int(least), int(most or least)
         if not 1 <= bounds[0] <= bounds[1] <= MOST_ATOMS:

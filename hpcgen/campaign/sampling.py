@@ -17,8 +17,8 @@ from hpcgen.campaign.pieces import Piece, Sampled
 from hpcgen.campaign.targets import Targets
 from hpcgen.diffusion.draw import Draw, Purpose
 from hpcgen.errors import InputError, UsageError
-from hpcgen.models.autoperi import Request
-from hpcgen.models.load import load_model, sampling_device
+from hpcgen.models.load import is_out_of_memory, load_model, sampling_device
+from hpcgen.models.request import Request
 from hpcgen.store.layout import sha256_of
 
 log = logging.getLogger(__name__)
@@ -118,11 +118,6 @@ def size_chances(counts: np.ndarray, config: CampaignConfig) -> np.ndarray:
     if not total[-1] > 0:
         raise InputError(f"{config.checkpoint}: knows no number of atoms of training crystals: want --num-atoms")
     return total / total[-1]
-
-
-def is_out_of_memory(fault: BaseException) -> bool:
-    """Whether torch had no memory left, on either device."""
-    return isinstance(fault, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(fault)
 
 
 def load_once(path: Path, device: torch.device) -> tuple[Any, dict[str, Any], str]:

@@ -97,8 +97,8 @@ def _known(symbol: str, formula: str) -> str:
 
 
 def _count(number: str, formula: str) -> int:
-    if not number.isdigit() or int(number) == 0:
-        raise BadFormula(f"formula {formula!r}: {number} atoms; want whole numbers from 1 on")
+    if not number.isdigit() or len(number) > 9 or int(number) == 0:
+        raise BadFormula(f"formula {formula[:80]!r}: {number[:20]} atoms; want whole numbers from 1 on")
     return int(number)
 
 

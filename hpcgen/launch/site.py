@@ -7,6 +7,19 @@ from hpcgen.errors import UsageError
 
 VERBS = ("preprocess", "train", "campaign", "evaluate")
 GPU_FLAGS = ("gres", "gpus-per-node", "gpus-per-task", "none")
+OWN_FLAGS = (
+    "job-name",
+    "output",
+    "error",
+    "open-mode",
+    "requeue",
+    "no-requeue",
+    "signal",
+    "dependency",
+    "kill-on-invalid-dep",
+    "array",
+    "wrap",
+)  # of the batch script: it relies on what it says there itself
 
 
 @dataclass
@@ -65,8 +78,17 @@ class Site:
             raise UsageError(f"gpu_flag = {self.gpu_flag!r}: want one of {', '.join(GPU_FLAGS)}")
         if self.signal_s < 0 or self.signal_s > 65535:
             raise UsageError(f"signal_s = {self.signal_s}: want 0 to 65535 seconds")
+        for name in self.extra:
+            if name in OWN_FLAGS:
+                raise UsageError(f"extra.{name}: the batch script sets --{name} itself, want another flag")
         for verb in VERBS:
             self._check(verb)
+            minutes = self.resources(verb).minutes
+            if self.signal_s and 60 * minutes < self.signal_s + 60:  # the signal comes up to a minute early
+                raise UsageError(
+                    f"signal_s = {self.signal_s} with {verb}.minutes = {minutes}: the job would hear of its end before "
+                    "it begins; want at least a minute more than signal_s"
+                )
         texts = [*self.extra.items(), *((name, value) for name, value in vars(self).items() if isinstance(value, str))]
         for name, value in texts:
             if "\n" in str(value):

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from hpcgen.errors import SiteError
 
 _TIMEOUT_S = 60.0
-_OURS = re.compile(r"(SLURM_(?!CONF$)|SLURMD_|SRUN_|SUBMITIT_|PMI_|PMIX_|OMPI_COMM_)")
+_OURS = re.compile(
+    r"(SLURM_(?!CONF$)|SLURMD_|SRUN_|SUBMITIT_|PMI_|PMIX_|OMPI_COMM_|HPCGEN_(JOB_END|FAILED)$|TORCHELASTIC_|"
+    r"((LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES)$)"
+)
 
 
 @dataclass(frozen=True)

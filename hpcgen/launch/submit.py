@@ -6,6 +6,7 @@ its own handling of signals, and no result is pickled for any of the tasks.
 
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -22,8 +23,11 @@ from hpcgen.launch.sbatch import FOLDER, Job, render
 from hpcgen.launch.slurm import ask, jobs_named, partitions
 from hpcgen.runner.events import EVENTS
 from hpcgen.runner.owners import read_record
+from hpcgen.runner.team import tell_script
 
 log = logging.getLogger(__name__)
+_UNSURE = re.compile("timed out|timeout|unable to contact|connection refused|communication", re.IGNORECASE)
+_LOOK_S = 30.0  # a job that sbatch is not sure of may take a while to be seen in the queue
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Command:
         file = record_of(Path(self.run), self.verb)
         record = read_record(file)
         if not record or not record.get("command"):
+            tell_script(InputError.exit_code)
             raise InputError(f"{file}: no record of the job, want what `hpcgen submit` wrote there")
         sys.stdout.flush()
         sys.stderr.flush()
@@ -53,7 +58,7 @@ def submit(job: Job) -> str:
     """Queue a job and write its record into the run folder; its id.
 
     Raises UsageError where the run has such a job already or Slurm refuses the settings, SiteError without a Slurm
-    that answers.
+    that answers; its record then stays, so that the next try finds a job that was queued after all.
     """
     executor = _executor(job)
     _refuse_second(job)
@@ -117,11 +122,19 @@ def _sbatch(script: Path, job: Job) -> str:
     if answer is not None and answer.code == 0 and answer.out.strip():
         return answer.out.strip().split(";")[0]
     said = answer.err if answer is not None else "no answer"
-    found = jobs_named(job.name)  # sbatch may have failed after the job was queued
+    unsure = answer is None or _UNSURE.search(said) is not None
+    end = time.monotonic() + (_LOOK_S if unsure else 0.0)
+    while not (found := jobs_named(job.name)) and time.monotonic() < end:  # it may have failed after it was queued
+        time.sleep(1.0)
     if found:
         log.warning("sbatch said %r, but job %s was queued", said, found[0])
         return found[0]
-    raise (UsageError if answer is not None else SiteError)(_refusal(said))
+    if unsure:
+        raise SiteError(
+            f"sbatch: {said}; no job is queued so far. One that still comes has the name {job.name}: look with "
+            f"`squeue --name={job.name}` and cancel it before the next try"
+        )
+    raise UsageError(_refusal(said))
 
 
 def _clear_up(job: Job, pickles: set[Path], kept: str) -> None:

@@ -12,7 +12,7 @@ crystal: the edges of the crystal itself would tell where its atoms belong.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from hpcgen.errors import InputError
 from hpcgen.models.autoperi_config import AutoPeriConfig
 from hpcgen.models.batch import Batch
 from hpcgen.models.dense import Dense, occupied
+from hpcgen.models.request import Request
 from hpcgen.nn.basis import Reach, time_features
 from hpcgen.nn.transformer import ELEMENTS, CrystalTransformer, Reading, Shape
 from hpcgen.store.read import Store
@@ -58,21 +59,6 @@ class Noise:
     sites: Tensor  # (B, N, 3) uniform in [-1/2, 1/2): the way of each site, in cell units
     lattice: Tensor  # (B, 6) standard normal
     hide: Tensor  # (B, N) uniform: an element is hidden where it is below t
-
-
-@dataclass(frozen=True)
-class Request:
-    """B crystals to be sampled."""
-
-    index: Tensor  # (B,) int64, of the crystal in its campaign: it decides all chance
-    num_atoms: Tensor  # (B,) int64
-    species: Tensor  # (B, N) int64, 0 where it is to be found, and at padding
-    conditions: Mapping[str, float] = field(default_factory=dict)
-    elements: tuple[int, ...] = ()  # of the chemical system, if it is asked for: no others are taken
-    steps: int = 50
-    churn: float = 0.0  # noise added before each step, in steps: 0 is deterministic
-    speed: float = 0.0  # coordinates move 1 + speed (1 - t) times as far
-    guidance: float = 1.0  # 1: as trained; more: further away from what is made without the conditions
 
 
 class AutoPeri(nn.Module):

@@ -52,3 +52,11 @@ def sampling_device(wanted: str, env: Mapping[str, str] | None = None) -> torch.
     env = os.environ if env is None else env
     told = [env[name] for name in _LOCAL_RANKS if env.get(name, "").isdecimal()]
     return torch.device("cuda", int(told[0]) % count if told else 0)  # several ranks may share a GPU
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Whether torch, or a library of the device, had no memory left."""
+    told = ("DefaultCPUAllocator", "ALLOC_FAILED", "CUDA error: out of memory", "cudaErrorMemoryAllocation")
+    return isinstance(fault, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(fault, RuntimeError) and any(text in str(fault) for text in told)
+    )

@@ -67,7 +67,13 @@ def nearest_images(frac: Tensor, lattice: Tensor) -> Images:
     The images looked at are the 27 round the step: exact in Niggli cells (see crystal.wigner_seitz), near it in the
     cells met on the way to one. The distance is that of the nearest image; the vector is the mean over images by
     exp(-d² / SOFTNESS²), which is that of the nearest where there is one and changes smoothly where there are two.
+    Never in half precision, also under autocast: a distance is a difference of squares.
     """
+    with torch.autocast(frac.device.type, enabled=False):
+        return _nearest_images(frac, lattice)
+
+
+def _nearest_images(frac: Tensor, lattice: Tensor) -> Images:
     step = shortest_step(frac.unsqueeze(2), frac.unsqueeze(1))  # (B, N, N, 3)
     offsets = torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=3)), device=frac.device, dtype=frac.dtype) @ lattice
     vector = torch.einsum("bijc,bcd->bijd", step, lattice)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from hpcgen.errors import HpcgenError, StoppedEarly, StorageError
+from hpcgen.errors import HpcgenError, SiteError, StoppedEarly, StorageError
 from hpcgen.files import DRAFT, append_json_line, make_folder, storage_faults
 from hpcgen.runner.events import EVENTS
 from hpcgen.runner.owners import Life, Watch, create_whole, read_record, replace_quickly
@@ -26,6 +26,7 @@ from hpcgen.runner.team import Team
 log = logging.getLogger(__name__)
 CLAIM = ".claim"
 MISSED_BEATS = 3
+_COME_S = 600.0  # a rank of MPI that is to work here gets so long to come
 HOUSEKEEPING = ("lease", "heartbeat", EVENTS, "submit")  # in any run folder, whatever is made there
 
 
@@ -105,19 +106,18 @@ class Lease:
         """Whether a member of this launch still beats."""
         path = self.folder / "heartbeat" / f"{rank}.json"
         record = read_record(path)
-        if record is None or (record and record.get("member") != member):
+        if record is None or (record and record.get("member") != member) or record.get("left"):
             return False
-        gone = Life.of(record).gone()
-        if gone is not None:
+        life = Life.of(record)
+        gone = life.gone()
+        if gone is not None and not life.is_suspended():
             return not gone
         sign = (record.get("beat"), _modified(path))
         return self.watch.look((rank, member), sign, MISSED_BEATS * self.beat_s) is not False
 
     def release(self) -> None:
         """Leave; the last member of the launch removes the lease."""
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=self.beat_s)
+        self._stop_beating()
         with suppress(OSError, StorageError):
             if (read_record(self._beat_file) or {}).get("member") == self.member:
                 self._beat_file.unlink()
@@ -131,6 +131,11 @@ class Lease:
             with suppress(OSError):  # not empty: others still use it
                 folder.rmdir()
 
+    def _stop_beating(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=self.beat_s)
+
     def __enter__(self) -> "Lease":
         return self
 
@@ -140,7 +145,15 @@ class Lease:
         if fault is not None and not isinstance(fault, StoppedEarly | KeyboardInterrupt):
             origin = {"rank": self.team.rank, "kind": type(fault).__name__}
             self.note_error(str(fault), {**origin, **(fault.origin if isinstance(fault, HpcgenError) else {})})
-        self.release()
+        try:
+            if self.team.kind == "mpi" and not self.is_lost:
+                self._stop_beating()
+                with suppress(OSError, StorageError):
+                    self._beat(left=True)
+                if fault is None:
+                    self._await_others()
+        finally:
+            self.release()
 
     def note_error(self, message: str, origin: dict[str, Any]) -> None:
         """Add an error to the events of the run, if it still is this one's and can be written. origin: rank, kind."""
@@ -259,13 +272,38 @@ class Lease:
 
     def others_alive(self) -> bool:
         """Whether other members of this launch are still at work here, as far as their signs of life tell."""
-        beats = [beat for beat in self._beats_of(self.team.token) if beat.get("member") != self.member]
-        return any(self.is_alive(int(beat["rank"]), str(beat["member"])) for beat in beats)
+        return any(self.is_alive(int(beat["rank"]), str(beat["member"])) for beat in self._beats_of_others())
+
+    def _beats_of_others(self) -> list[dict[str, Any]]:
+        return [beat for beat in self._beats_of(self.team.token) if beat.get("member") != self.member]
 
     def leads(self) -> bool:
         """Whether no member of this launch of a lower rank is at work here now."""
         lower = [beat for beat in self._beats_of(self.team.token) if int(beat["rank"]) < self.team.rank]
         return not any(self.is_alive(int(beat["rank"]), str(beat["member"])) for beat in lower)
+
+    def _await_others(self) -> None:
+        """Wait until all ranks have come and are done: MPI waits for them too, and the lease is theirs as well.
+
+        Raises SiteError naming one that neither works nor leaves, or never came.
+        """
+        began, own = time.monotonic(), self.team.rank
+        while (read_record(self._beat_file) or {}).get("member") == self.member:  # else another one has cleared up
+            beats = {int(beat["rank"]): beat for beat in self._beats_of(self.team.token)}
+            late = [rank for rank in range(self.team.size) if rank != own and not beats.get(rank, {}).get("left")]
+            if not late:
+                return
+            for rank in late:
+                beat = beats.get(rank)
+                if beat and self.is_alive(rank, str(beat["member"])) or not beat and time.monotonic() < began + _COME_S:
+                    continue
+                if not (read_record(self._beat_file.with_name(f"{rank}.json")) or {}).get("left"):  # just now
+                    where = f"on {Life.of(beat).host} gives no sign of life" if beat else "has not come"
+                    self.note_error(f"rank {rank} {where}", {"rank": rank, "kind": SiteError.__name__})
+                    raise SiteError(
+                        f"{self.folder}: rank {rank} {where}; the same command does what is missing, if anything"
+                    )
+            time.sleep(0.1)
 
     def _describe_newest(self) -> str:
         known = self._generations()
@@ -292,7 +330,7 @@ class Lease:
                     return
                 log.warning("heartbeat: %s: %s", type(fault).__name__, fault)
 
-    def _beat(self) -> None:
+    def _beat(self, *, left: bool = False) -> None:
         self._beats += 1
         self._touch_owner()
         self.told_to_stop = self.told_to_stop or self._stop_mark.exists()
@@ -304,6 +342,8 @@ class Lease:
             "time": round(time.time(), 3), "rank": self.team.rank, "beat": self._beats, "beat_s": self.beat_s,
             "token": self.team.token, "member": self.member, **self._life.record(), **self.report(),
         }  # fmt: skip
+        if left:
+            record["left"] = True
         with storage_faults(self._beat_file):
             try:
                 replace_quickly(self._beat_file, record, self.token)

@@ -47,6 +47,10 @@ class Life:
         started = _started(self.pid)
         return started is None or (self.started != started and 0 not in (started, self.started))
 
+    def is_suspended(self) -> bool:
+        """Whether it lives on this machine, but a signal has stopped it: nobody knows whether it will go on."""
+        return self.gone() is False and (_stat(self.pid) or [""])[0] in ("T", "t")
+
 
 _NOBODY = {"host": "unknown", "machine": "", "pid": 0, "started": 0}
 
@@ -150,11 +154,8 @@ def _machine() -> str:
 def _started(pid: int) -> int | None:
     """Start of a process in ticks since boot, 0 where the system does not tell, None if gone or a zombie."""
     if sys.platform.startswith("linux"):
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except (OSError, ValueError):
-            return None
-        return None if fields[0] in "ZX" else int(fields[19])
+        fields = _stat(pid)
+        return None if fields is None or fields[0] in "ZX" else int(fields[19])
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -162,3 +163,11 @@ def _started(pid: int) -> int | None:
     except OSError:
         return 0
     return 0
+
+
+def _stat(pid: int) -> list[str] | None:
+    """What Linux tells of a process, from its state on; None if it is gone, or on another system."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return None

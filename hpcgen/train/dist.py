@@ -37,6 +37,10 @@ _SELF_S = 10.0  # rank 0, which owns the run folder, gets so long to leave in or
 _LATER_S = 60.0  # what collectives wait longer than it takes to name the rank that is late
 
 
+class RankGone(SiteError):
+    """Another rank is gone and has not said why. What it ended with, srun knows; and of a preemption Slurm."""
+
+
 class ToldByAnother(HpcgenError):
     """Another rank failed: its sentence, and its exit code."""
 
@@ -99,9 +103,9 @@ class Ranks:
         try:
             if self._heard():
                 return ToldByAnother(json.loads(self.store.get("fault")))
-            return SiteError(f"another rank ended without a word ({reason(fault)})")
+            return RankGone(f"another rank ended without a word ({reason(fault)})")
         except RuntimeError:
-            return SiteError(f"rank 0 is gone ({reason(fault)})")
+            return RankGone(f"rank 0 is gone ({reason(fault)})")
 
     def __enter__(self) -> "Ranks":
         return self
@@ -114,13 +118,15 @@ class Ranks:
         for number in SIGNALS:  # torchrun sends TERM to those still here when the first one leaves
             signal.signal(number, signal.SIG_IGN)
         if fault is None or isinstance(fault, StoppedEarly):
-            code = self._agree(0 if fault is None else exit_code(fault))
+            code, failure = self._agree(0 if fault is None else exit_code(fault)), ""
             said = str(fault or "") if not self.rank else ""
         else:
+            fault = self.cause(fault)
             code, said = self._account(fault)
+            failure = _kind(fault)
         if said:
             log.critical("%s", said)
-        _leave(code)
+        _leave(code, failure)
 
     def _agree(self, code: int) -> int:
         """All is done or stopped: the others wait until rank 0, which saves, says so; rank 0 until they heard it."""
@@ -138,9 +144,8 @@ class Ranks:
             return code
 
     def _account(self, fault: BaseException) -> tuple[int, str]:
-        """Exit code and last words after an error, here or, if that was only its echo, on another rank."""
+        """Exit code and last words after an error, here or on another rank."""
         assert self.store is not None
-        fault = self.cause(fault)
         code, said = exit_code(fault), ""
         if isinstance(fault, KeyboardInterrupt):
             code = StoppedEarly.exit_code
@@ -174,7 +179,7 @@ class Ranks:
         with suppress(RuntimeError):
             self.store.add("left", 1)
         log.warning("rank %d of %d: leaving, since rank %d failed", self.rank, self.world, told["rank"])
-        _leave(told["code"])
+        _leave(told["code"], told["kind"])
 
     def _tell_late(self, said: str, rank: int) -> None:
         """End the run since a rank does not come; if that is the first one, every rank does so for itself."""
@@ -186,7 +191,7 @@ class Ranks:
         self._note(told)
         if not self.rank:
             self._wait_for_the_others()
-        _leave(SiteError.exit_code)
+        _leave(SiteError.exit_code, SiteError.__name__)
 
     def _note(self, told: dict[str, Any]) -> None:
         """Into the events of the run, unless the file system, which may be what hangs, does not answer."""
@@ -294,10 +299,17 @@ def _trace(fault: BaseException) -> str:
     return "".join(traceback.format_exception(fault)).rstrip()
 
 
-def _leave(code: int) -> None:
+def _kind(fault: BaseException) -> str:
+    """Of an error, here or, if it was told by another rank, there."""
+    return str(fault.origin["kind"]) if isinstance(fault, ToldByAnother) else type(fault).__name__
+
+
+def _leave(code: int, failure: str) -> None:
+    """End this process. failure: kind of the error, if there was one."""
     for handler in logging.getLogger().handlers:
         handler.flush()
     sys.stdout.flush()
     sys.stderr.flush()
-    tell_script(code)
+    if failure != RankGone.__name__:  # else the rank that is gone knows best: srun tells the code that it left with
+        tell_script(code)
     os._exit(code)

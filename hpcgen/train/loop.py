@@ -18,9 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from hpcgen.config import to_yaml
 from hpcgen.diffusion.draw import Draw
 from hpcgen.errors import Diverged, SiteError, StoppedEarly, StorageError
-from hpcgen.files import append_json_line, write_whole
+from hpcgen.files import append_json_line, reason, write_whole
 from hpcgen.launch.place import find_place
 from hpcgen.models.batch import Batch
+from hpcgen.models.load import is_out_of_memory
 from hpcgen.runner.events import EVENTS, launch_facts, note_start
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
@@ -158,14 +159,26 @@ def backward(
                 with _autocast(config, ranks):
                     told = shared(batch, draw)
                 state.scaler.scale(told["loss"] * (part * ranks.world)).backward()  # DDP divides the sum by world
-            except torch.OutOfMemoryError as fault:
+            except Exception as fault:
+                if _no_compiler(fault):
+                    raise SiteError(
+                        f"compile = true: torch finds no compiler here ({reason(fault)}); want a C++ "
+                        "compiler on the PATH, or compile=false"
+                    ) from fault
+                if not is_out_of_memory(fault):
+                    raise
                 raise SiteError(
-                    f"out of GPU memory with {len(batch)} crystals of up to {int(batch.crystals.num_atoms.max())} "
+                    f"out of memory with {len(batch)} crystals of up to {int(batch.crystals.num_atoms.max())} "
                     "atoms: lower batch.padded_atoms or batch.crystals, and raise accumulate to make up for it"
                 ) from fault
         for name, value in told.items():
             losses[name] = losses.get(name, 0.0) + part * value.detach()
     return losses
+
+
+def _no_compiler(fault: Exception) -> bool:
+    told = ("InvalidCxxCompiler", "Failed to find C compiler", "Cannot find a working triton installation")
+    return isinstance(fault, RuntimeError) and any(text in str(fault) for text in told)
 
 
 @torch.no_grad()

@@ -21,8 +21,11 @@ export GLOO_SOCKET_IFNAME=ib0
 export HPCGEN_MASTER_SUFFIX=i
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+export SLURM_EXPORT_ENV=ALL # what is set here reaches the tasks, whatever sbatch was told
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID} # in an array one task bears the number of them all
 # When Slurm ends this job, for those that must leave before (Slurm itself tells it since 23.02).
-end=$(SLURM_TIME_FORMAT=standard squeue --noheader --format=%e --jobs="$SLURM_JOB_ID")
+end=$(SLURM_TIME_FORMAT=standard squeue --noheader --format=%e --jobs="$job")
 HPCGEN_JOB_END=$(date --date="$end" +%s 2> /dev/null)
 export HPCGEN_JOB_END
 # Of this start alone: ranks on a lost node may live on.
@@ -30,25 +33,33 @@ export HPCGEN_FAILED='/scratch/me/my run/submit'/failed-"$SLURM_JOB_ID-${SLURM_R
 srun --kill-on-bad-exit=1 --mpi=none --cpus-per-task=8 /venv/bin/python -u -m hpcgen.cli train 'my config.yaml' steps=10
 code=$?
 
-if [ -s "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
-    exit "$(cat "$HPCGEN_FAILED")"
+if [ -e "$HPCGEN_FAILED" ]; then # a task failed and says with which code; srun may tell that of another one
+    told=$(cat "$HPCGEN_FAILED")
+    exit "${told:-7}" # where nothing can be written there is no space
 elif [ "$code" -ne 75 ] && [ "$code" -ne 140 ] && [ "$code" -ne 143 ]; then
     exit "$code"
 fi
 # 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
-case "$code $(scontrol show job "$SLURM_JOB_ID")" in
+for _ in $(seq 20); do # the controller may be away for a while
+    state=$(scontrol show job "$job") && break
+    sleep 15
+done
+case "$code $state" in
 "143 "*JobState=RUNNING*PreemptTime=None*)
-    echo "hpcgen: a task was ended by TERM, but job $SLURM_JOB_ID is not preempted: another one failed"
+    echo "hpcgen: a task was ended by TERM, but job $job is not preempted: another one failed"
     ;;
 *JobState=RUNNING* | *JobState=SIGNALING* | *Reason=TimeLimit*)
-    echo "hpcgen: job $SLURM_JOB_ID left with $code and asks to be queued again"
-    scontrol requeue "$SLURM_JOB_ID"
-    sleep 60 # until Slurm ends this script
+    echo "hpcgen: job $job left with $code and asks to be queued again"
+    for _ in $(seq 20); do
+        scontrol requeue "$job" && sleep 60 # until Slurm ends this script
+        sleep 15
+    done
+    echo "hpcgen: job $job could not be queued again; the same command goes on from here"
     ;;
 "$code ")
     echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
-    sleep 600
+    sleep 300
     ;;
-*) echo "hpcgen: job $SLURM_JOB_ID was cancelled; the same command goes on from here" ;;
+*) echo "hpcgen: job $job was cancelled; the same command goes on from here" ;;
 esac
 exit "$code"
