@@ -2,14 +2,30 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from campaign_jobs import content, litter, make_checkpoint
 from campaign_jobs import run as run_campaign
+from cif_texts import rows, write_csv
 from slurm_cluster import Cluster
-from slurm_jobs import ROOT, TINY, disturb, events, log_of, ranks, saved_step, sbatch, step_of, submit, until
+from slurm_jobs import (
+    ROOT,
+    TINY,
+    disturb,
+    environment,
+    events,
+    log_of,
+    ranks,
+    saved_step,
+    sbatch,
+    step_of,
+    submit,
+    until,
+)
 from train_jobs import assert_same_run, make_store
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -59,6 +75,25 @@ def test_a_campaign_preempted_three_times_is_one_in_one_process(
     run_campaign(checkpoint, calm, **sizes)
     assert content(run) == content(calm)
     assert [name for name in litter(run) if name != "submit"] == []
+
+
+def test_an_array_is_preempted_and_one_of_its_tasks_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    """In an array one task bears the number of them all: what it asks for must hold for itself alone."""
+    table, out, calm = write_csv(tmp_path / "t.csv", rows(300)), tmp_path / "store", tmp_path / "calm"
+    words = ("preprocess/mp20.py", str(table), "--no-page", "--processes", "1", "--block-rows", "4",
+             "--shard-crystals", "16")  # fmt: skip
+    flags = ("--nodes=1", "--array=0-2")
+    job = sbatch(cluster, 1, "preprocess.sh", *words, flags=flags, HPCGEN_STORE=str(out))
+    tasks = [f"{job}_{number}" for number in range(3)]
+    until(lambda: list(out.glob("work/parsed-*.h5")), 120, out)
+    high = cluster.preempt(1)
+    cluster.wait(high, "COMPLETED", 60)
+    cluster.run("scancel", tasks[2])
+    assert [cluster.wait(task, timeout_s=240) for task in tasks] == ["COMPLETED", "COMPLETED", "CANCELLED"]
+    assert [cluster.show(task)["Restarts"] for task in tasks[:2]] == ["1", "1"]
+    done = subprocess.run([sys.executable, *words, "--out", str(calm)], cwd=ROOT, env=environment(cluster))
+    assert done.returncode == 0
+    assert (out / "manifest.json").read_bytes() == (calm / "manifest.json").read_bytes()  # with every file's hash
 
 
 def test_a_cancelled_job_stays_away(cluster: Cluster, store: Path, tmp_path: Path) -> None:
