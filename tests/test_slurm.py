@@ -13,6 +13,7 @@ from campaign_jobs import run as run_campaign
 from cif_texts import rows, write_csv
 from slurm_cluster import Cluster
 from slurm_jobs import (
+    HPCGEN,
     ROOT,
     TINY,
     disturb,
@@ -79,7 +80,7 @@ def test_a_campaign_preempted_three_times_is_one_in_one_process(
 
 def test_an_array_is_preempted_and_one_of_its_tasks_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     """In an array one task bears the number of them all: what it asks for must hold for itself alone."""
-    table, out, calm = write_csv(tmp_path / "t.csv", rows(300)), tmp_path / "store", tmp_path / "calm"
+    table, out, calm = write_csv(tmp_path / "t.csv", rows(200)), tmp_path / "store", tmp_path / "calm"
     words = ("preprocess/mp20.py", str(table), "--no-page", "--processes", "1", "--block-rows", "4",
              "--shard-crystals", "16")  # fmt: skip
     flags = ("--nodes=1", "--array=0-2")
@@ -103,6 +104,24 @@ def test_a_cancelled_job_stays_away(cluster: Cluster, store: Path, tmp_path: Pat
     assert cluster.wait(job) == "CANCELLED" and cluster.show(job)["Restarts"] == "0"
     until(lambda: not ranks(job), 20, tmp_path)
     assert events(tmp_path, "stop")[0]["reason"].startswith("stopped early (SIGTERM)")
+
+
+def test_status_follows_a_job(cluster: Cluster, store: Path, tmp_path: Path) -> None:
+    def state() -> tuple[str, int, bool]:
+        told = json.loads(cluster.run(*HPCGEN, "status", str(tmp_path), "--json", env=environment(cluster)))
+        return told["state"], len(told["restarts"]), job in [each["job"] for each in told["jobs"]]
+
+    job = sbatch(cluster, 1, "train_mp20.sh", *TINY, "steps=100000", HPCGEN_STORE=str(store), HPCGEN_RUN=str(tmp_path))
+    until(lambda: step_of(tmp_path) > 2, 120, tmp_path)
+    assert state() == ("running", 0, False), "signs of life are enough, nobody is asked"
+    cluster.preempt(4)
+    until(lambda: events(tmp_path, "stop") and not ranks(job), 60, tmp_path)
+    until(lambda: state() == ("queued", 0, True), 30, tmp_path)
+    until(lambda: len(events(tmp_path, "start")) == 2, 120, tmp_path)
+    assert state() == ("running", 1, False)
+    cluster.run("scancel", job)
+    until(lambda: not ranks(job), 60, tmp_path)
+    assert state()[:2] == ("stopped", 1)
 
 
 @pytest.mark.bench  # some minutes, most of them waiting
