@@ -30,7 +30,7 @@ from slurm_jobs import (
 from train_jobs import assert_same_run, make_store
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-SIZES = [pytest.param(2, id="8 ranks"), pytest.param(8, id="32 ranks", marks=pytest.mark.bench)]
+SIZES = [pytest.param(1, id="4 ranks"), pytest.param(8, id="32 ranks", marks=pytest.mark.bench)]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_training_preempted_three_times_is_training_not_preempted(
 
 
 @pytest.mark.parametrize(
-    ("per_node", "n"), [(2, 6000), pytest.param(2, 20_000, marks=pytest.mark.bench),
+    ("per_node", "n"), [(1, 6000), pytest.param(2, 20_000, marks=pytest.mark.bench),
                         pytest.param(8, 20_000, marks=pytest.mark.bench)]
 )  # fmt: skip
 def test_a_campaign_preempted_three_times_is_one_in_one_process(

@@ -288,21 +288,27 @@ class Lease:
         Raises SiteError naming one that neither works nor leaves, or never came.
         """
         began, own = time.monotonic(), self.team.rank
+        looked = began
         while (read_record(self._beat_file) or {}).get("member") == self.member:  # else another one has cleared up
+            if time.monotonic() - looked > self.beat_s:  # the job was suspended: all begin anew
+                self.watch = Watch()
+            looked = time.monotonic()
             beats = {int(beat["rank"]): beat for beat in self._beats_of(self.team.token)}
             late = [rank for rank in range(self.team.size) if rank != own and not beats.get(rank, {}).get("left")]
             if not late:
                 return
             for rank in late:
                 beat = beats.get(rank)
-                if beat and self.is_alive(rank, str(beat["member"])) or not beat and time.monotonic() < began + _COME_S:
+                if self.is_alive(rank, str(beat["member"])) if beat else time.monotonic() < began + _COME_S:
                     continue
-                if not (read_record(self._beat_file.with_name(f"{rank}.json")) or {}).get("left"):  # just now
-                    where = f"on {Life.of(beat).host} gives no sign of life" if beat else "has not come"
-                    self.note_error(f"rank {rank} {where}", {"rank": rank, "kind": SiteError.__name__})
-                    raise SiteError(
-                        f"{self.folder}: rank {rank} {where}; the same command does what is missing, if anything"
-                    )
+                newest = read_record(self._beat_file.with_name(f"{rank}.json")) or {}
+                if beat and (newest.get("left") or newest.get("member") != beat["member"]):  # it has left just now
+                    continue
+                where = f"on {Life.of(beat).host} gives no sign of life" if beat else "has not come"
+                self.note_error(f"rank {rank} {where}", {"rank": rank, "kind": SiteError.__name__})
+                raise SiteError(
+                    f"{self.folder}: rank {rank} {where}; the same command does what is missing, if anything"
+                )
             time.sleep(0.1)
 
     def _describe_newest(self) -> str:
