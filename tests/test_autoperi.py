@@ -326,8 +326,7 @@ def test_training_noise_changes_with_step_and_sample(purpose: Purpose) -> None:
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_half_precision_leaves_the_geometry_alone(precision: torch.dtype) -> None:
     dense = Dense.of(crystals().to(dtype=torch.float32))
-    sites, lattice = dense.sites, crystals().lattice.float()
-    plain = nearest_images(sites, lattice)
+    plain = nearest_images(dense.frac, dense.lattice)
     with torch.autocast("cpu", precision):
-        half = nearest_images(sites, lattice)
+        half = nearest_images(dense.frac, dense.lattice)
     assert all(torch.equal(one, other) for one, other in zip(plain, half, strict=True))
