@@ -104,7 +104,7 @@ class Lease:
 
     def is_alive(self, rank: int, member: str) -> bool:
         """Whether a member of this launch still beats."""
-        path = self.folder / "heartbeat" / f"{rank}.json"
+        path = self._beat_of_rank(rank)
         record = read_record(path)
         if record is None or (record and record.get("member") != member) or record.get("left"):
             return False
@@ -119,7 +119,8 @@ class Lease:
         """Leave; the last member of the launch removes the lease."""
         self._stop_beating()
         with suppress(OSError, StorageError):
-            if (read_record(self._beat_file) or {}).get("member") == self.member:
+            own = read_record(self._beat_file) or {}
+            if own.get("member") == self.member and not own.get("left"):  # that mark the others wait for
                 self._beat_file.unlink()
             self.check()
             if not self.others_alive():
@@ -170,7 +171,10 @@ class Lease:
 
     @property
     def _beat_file(self) -> Path:
-        return self.folder / "heartbeat" / f"{self.team.rank}.json"
+        return self._beat_of_rank(self.team.rank)
+
+    def _beat_of_rank(self, rank: int) -> Path:
+        return self.folder / "heartbeat" / f"{rank}.json"
 
     @property
     def _stop_mark(self) -> Path:
@@ -283,33 +287,35 @@ class Lease:
         return not any(self.is_alive(int(beat["rank"]), str(beat["member"])) for beat in lower)
 
     def _await_others(self) -> None:
-        """Wait until all ranks have come and are done: MPI waits for them too, and the lease is theirs as well.
+        """Rank 0 waits until all others have come and are done, they until it is: MPI waits too, but for ever.
 
         Raises SiteError naming one that neither works nor leaves, or never came.
         """
-        began, own = time.monotonic(), self.team.rank
-        looked = began
+        began = looked = time.monotonic()
+        awaited = set(range(1, self.team.size)) if self.team.rank == 0 else {0}
         while (read_record(self._beat_file) or {}).get("member") == self.member:  # else another one has cleared up
             if time.monotonic() - looked > self.beat_s:  # the job was suspended: all begin anew
                 self.watch = Watch()
             looked = time.monotonic()
-            beats = {int(beat["rank"]): beat for beat in self._beats_of(self.team.token)}
-            late = [rank for rank in range(self.team.size) if rank != own and not beats.get(rank, {}).get("left")]
-            if not late:
+            for rank in sorted(awaited):
+                beat = read_record(self._beat_of_rank(rank)) or {}
+                if beat.get("token") != self.team.token:
+                    beat = {}  # of an earlier launch
+                if beat.get("left"):
+                    awaited.remove(rank)
+                elif beat and not self.is_alive(rank, str(beat.get("member"))):
+                    newest = read_record(self._beat_of_rank(rank)) or {}
+                    if newest.get("member") == beat.get("member") and not newest.get("left"):  # else it has just left
+                        self._refuse_late(rank, f"on {Life.of(beat).host} gives no sign of life")
+                elif not beat and time.monotonic() > began + _COME_S:
+                    self._refuse_late(rank, "has not come")
+            if not awaited:
                 return
-            for rank in late:
-                beat = beats.get(rank)
-                if self.is_alive(rank, str(beat["member"])) if beat else time.monotonic() < began + _COME_S:
-                    continue
-                newest = read_record(self._beat_file.with_name(f"{rank}.json")) or {}
-                if beat and (newest.get("left") or newest.get("member") != beat["member"]):  # it has left just now
-                    continue
-                where = f"on {Life.of(beat).host} gives no sign of life" if beat else "has not come"
-                self.note_error(f"rank {rank} {where}", {"rank": rank, "kind": SiteError.__name__})
-                raise SiteError(
-                    f"{self.folder}: rank {rank} {where}; the same command does what is missing, if anything"
-                )
             time.sleep(0.1)
+
+    def _refuse_late(self, rank: int, what: str) -> None:
+        self.note_error(f"rank {rank} {what}", {"rank": rank, "kind": SiteError.__name__})
+        raise SiteError(f"{self.folder}: rank {rank} {what}; the same command does what is missing, if anything")
 
     def _describe_newest(self) -> str:
         known = self._generations()
