@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ _ADVICE = (
     "start it with the mpiexec of the MPI that mpi4py uses (python -m mpi4py --mpi-library), or under Slurm "
     "with srun --mpi=pmix or srun --mpi=pmi2 (srun --mpi=list shows what there is)"
 )
+_HEARD_S = 0.5  # on Abort, Hydra drops what its ranks wrote and it has not read yet
 _LEAVE_S = 25.0  # a rank that stops waits this long for the others to leave MPI as well
 
 
@@ -65,6 +67,7 @@ class Team:
         _flush()
         tell_script(exit_code(fault))
         if self.comm is not None:
+            time.sleep(_HEARD_S)
             self.comm.Abort(exit_code(fault))
             os._exit(exit_code(fault))  # some launchers return from Abort and kill a moment later
 
