@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from runner_jobs import Launch, Work, blocks_in, expected, found, litter, wait_for
 
-from hpcgen.errors import StorageError
+from hpcgen.errors import StoppedEarly, StorageError
 from hpcgen.runner.blocks import How, run_blocks
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.owners import Life, create_whole
@@ -121,6 +121,26 @@ def test_the_members_of_a_launch_share_the_lease_and_the_last_one_out_removes_it
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_stops_early_is_not_waited_for_by_one_that_is_done(tmp_path: Path, stopped: int) -> None:
+    """Else the one that is done would wait until the job is killed, and that would count as a failure."""
+    early, done = (Lease.take(tmp_path, Team("mpi", rank, 2, "mpi-1"), beat_s=0.2) for rank in (stopped, 1 - stopped))
+
+    def leave() -> None:
+        with done:
+            pass
+
+    waiting = threading.Thread(target=leave, daemon=True)
+    waiting.start()
+    time.sleep(0.5)
+    assert waiting.is_alive(), "one that works is waited for"
+    with pytest.raises(StoppedEarly), early:
+        raise StoppedEarly("told to")
+    waiting.join(3)
+    assert not waiting.is_alive()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_restarted_member_replaces_its_former_self(tmp_path: Path) -> None:
     """A task requeued after a node failure meets the old one, which still runs: the old one stops."""
     old = Lease.take(tmp_path, Team("array", 0, 1, "array-1"), beat_s=0.1)
@@ -180,7 +200,7 @@ def test_of_many_creators_exactly_one_succeeds(tmp_path: Path) -> None:
 CONTENDER = """
 import sys, time
 from pathlib import Path
-from hpcgen.errors import StorageError
+from hpcgen.errors import StoppedEarly, StorageError
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.team import Team
 kept = []
