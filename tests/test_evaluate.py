@@ -151,7 +151,10 @@ def test_generate(run: Path, reference: Path, tmp_path: Path) -> None:
     shown = render(told)
     assert "real" in shown and "random" in shown and "6 distinct, 33.3 % of written" in shown
     without = done(Request(run), tmp_path / "w.json")
-    assert without["control"] is None and "random" not in render(without)
+    control = without["control"]
+    assert (control["of"], control["crystals"]) == ("run", 18) and "real" not in control
+    assert 0 <= control["random"]["radii"]["share"] < 1, "coordinates at random"
+    assert "random: the cells of 18 of these crystals with" in render(without)
 
 
 def test_an_oracle_matches_all_and_reaches_the_ceiling(tmp_path: Path, reference: Path) -> None:

@@ -115,7 +115,7 @@ class _Counts:
 
 def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> dict[str, Any]:
     """All that is to be said of an evaluation, from its table, beside what made it."""
-    table, paired, control = Table(_read(table_file)), None, None
+    table, paired = Table(_read(table_file)), None
     figures = {"validity": validity_figures(table, counts.asked)}
     if request.task == "predict":
         pairs = Pairs.load(work / "pairs.npz")
@@ -124,8 +124,7 @@ def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> di
         paired = pairs.by
     else:
         figures |= generate_figures(table)
-    if request.reference is not None:
-        control = json.loads((work / "control.json").read_text(encoding="utf-8"))
+    control = json.loads((work / "control.json").read_text(encoding="utf-8"))
     return {
         "task": request.task,
         "run": str(request.run),
@@ -156,9 +155,8 @@ def _measure(
     if pairs is not None and reference is not None:
         once(pairs, lambda draft: pair(request.pair, request.run, reference, count, counts.asked).save(draft),
              lease=lease, stop=stop)  # fmt: skip
-    if reference is not None:
-        once(work / "control.json", lambda draft: write_json(draft, _control(reference, request.seed)), lease=lease,
-             stop=stop)  # fmt: skip
+    once(work / "control.json", lambda draft: write_json(draft, _control(request, reference, count)), lease=lease,
+         stop=stop)  # fmt: skip
     size = rows_per_block(count, predicts=pairs is not None)
     blocks = [Block(number, work / f"rows-{number:06d}.csv", min(size, count - start))
               for number, start in enumerate(range(0, count, size))]  # fmt: skip
@@ -174,14 +172,21 @@ def rows_per_block(count: int, predicts: bool) -> int:
     return min(max(count // 512, least), most)
 
 
-def _control(reference: Store, seed: int) -> dict[str, Any]:
-    """Validity of some crystals of the reference, and of the same with random coordinates."""
-    tables = {
-        kind: Table({name: str(value) for name, value in row.items()} for row in rows)
-        for kind, rows in control_rows(reference, CONTROL, seed)
-    }
-    many = len(tables["real"])
-    return {"crystals": many, "seed": seed, **{kind: validity_figures(table, many) for kind, table in tables.items()}}
+def _control(request: Request, reference: Store | None, written: int) -> dict[str, Any] | None:
+    """What the rules say of random coordinates in the cells of some crystals of the reference, and of these crystals.
+
+    Without a reference in the cells of the run; None if nothing was written there.
+    """
+    if reference is None and not written:
+        return None
+    crystals = reference if reference is not None else Store(request.run, dtype=None, columns=[])
+    rows = control_rows(crystals, CONTROL, request.seed)
+    tables = {kind: Table({name: str(value) for name, value in row.items()} for row in own) for kind, own in rows}
+    if reference is None:
+        del tables["real"]  # is what is evaluated
+    many = len(tables["random"])
+    told = {"of": "run" if reference is None else "reference", "crystals": many, "seed": request.seed}
+    return told | {kind: validity_figures(table, many) for kind, table in tables.items()}
 
 
 def _written(run: Path) -> int:

@@ -207,14 +207,17 @@ def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | No
         [_percent(validity[name]["share"]) for name in RULES],
     ]  # fmt: skip
     if control:
-        for kind in ("real", "random"):
+        for kind in [kind for kind in ("real", "random") if kind in control]:
             heads.append(kind)
             columns.append([_percent(control[kind][name]["share"]) for name in RULES])
     of = next(iter(validity.values()))["of"]
     lines = _aligned(f"of {of:,} asked", list(RULES.values()), heads, columns)
     if control:
-        many = f"{control['crystals']:,} crystals of the reference"
-        lines.append(f"real: {many}; random: their cells with coordinates at random, seed {control['seed']}")
+        many, chance = f"{control['crystals']:,}", f"coordinates at random, seed {control['seed']}"
+        if control["of"] == "reference":
+            lines.append(f"real: {many} crystals of the reference; random: their cells with {chance}")
+        else:
+            lines.append(f"random: the cells of {many} of these crystals with {chance}")
     return lines
 
 
