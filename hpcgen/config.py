@@ -83,9 +83,20 @@ def _merge(base: DictConfig, merged: DictConfig, change: DictConfig, where: str)
         result = OmegaConf.merge(merged, change)
     except OmegaConfBaseException as fault:
         key = getattr(fault, "full_key", None) or getattr(fault, "key", None)
-        raise UsageError(f"{where}: {key}: {str(fault).splitlines()[0]}") from fault
+        said = f"{key}: {_first_line(fault)}" if key else _odd_list(base, change)
+        raise UsageError(f"{where}: {said}") from fault
     assert isinstance(result, DictConfig)
     return result
+
+
+def _odd_list(base: DictConfig, change: DictConfig) -> str:
+    """The first list of another length or kind than its default, of which OmegaConf's error names neither."""
+    for key in map(str, change):
+        try:
+            OmegaConf.merge(base, {key: change[key]})
+        except OmegaConfBaseException:
+            return f"{key}: found {change[key]}, want a value like {base[key]}"
+    return "holds values of a wrong kind"
 
 
 def _refuse_unknown(base: DictConfig, change: DictConfig, where: str, prefix: str) -> None:

@@ -20,6 +20,7 @@ class Example:
     name: str = "a"
     edges: Inner = field(default_factory=Inner)
     tags: dict[str, float] = field(default_factory=dict)
+    pair: tuple[float, float] = (0.9, 0.99)
 
 
 def test_defaults_then_file_then_words(tmp_path: Path) -> None:
@@ -56,6 +57,8 @@ def test_quotes_of_yaml_are_understood() -> None:
         (["seed=abc"], "seed"),
         (["edges.cutoff=far"], "edges.cutoff"),
         (["edges=3"], "edges"),
+        (["pair=[1,2,3]"], "pair: found [1, 2, 3], want a value like (0.9, 0.99)"),
+        (["pair=[a,2]"], "pair: found ['a', 2], want a value like (0.9, 0.99)"),
         (["seed"], "want key=value"),
         (["=1"], "want key=value"),
     ],

@@ -64,7 +64,7 @@ def campaign(config: CampaignConfig) -> Summary | None:
             run_blocks(blocks, work, lease=lease, stop=stop, how=how).refuse_failed(run, len(blocks))
             if team.rank and (not lease.leads() or is_finished(run, config, blocks)):
                 return None  # rank 0 does it, or has done it, unless it was lost
-            return finish(run, config, blocks, lease, time.monotonic() - started)
+            return finish(run, config, blocks, lease, started, _all_workers(config, team))
 
 
 def _resolved(
@@ -162,9 +162,14 @@ def _workers(config: CampaignConfig, team: Team) -> int:
     return usable_cores() if team.kind == "alone" else min(slurm_cores() or 1, usable_cores())
 
 
+def _all_workers(config: CampaignConfig, team: Team) -> int:
+    """Processes that sample, of all ranks."""
+    return team.size * max(_workers(config, team), 1)
+
+
 def _block_size(config: CampaignConfig, team: Team) -> int:
     """Whole tiles: four blocks for each worker, or fewer where that would make many files."""
-    workers = team.size * max(_workers(config, team), 1)
+    workers = _all_workers(config, team)
     blocks = workers * max(1, min(4, MANY // workers))
     tiles = -(-config.asked // (blocks * config.tile))
     return config.tile * max(1, min(tiles, BLOCK // config.tile))

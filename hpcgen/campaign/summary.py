@@ -1,5 +1,6 @@
 """The end of a campaign: its manifest, and what became of every crystal asked for, counted over the block files."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +31,7 @@ class Summary:
     sampled: int  # in this launch, by all ranks
     seconds: float  # of this launch, from its start
     crystals_per_s: float
-    outside: float | None  # share of the workers' time not spent in the model; None if they had nothing to do
+    outside: float | None  # share of all workers' time, from start to end, not spent in the model; None: nothing to do
 
     def render(self) -> str:
         """For people."""
@@ -46,15 +47,18 @@ class Summary:
         return "\n".join(f"{name:14}{value}" for name, value in rows)
 
     def _speed(self) -> str:
-        outside = f", {self.outside:.1%} of the work outside the model" if self.outside is not None else ""
+        outside = f", {self.outside:.1%} of the time outside the model" if self.outside is not None else ""
         return f"{self.sampled:,} in {self.seconds:.1f} s, {self.crystals_per_s:.3g} crystals/s{outside}"
 
 
-def finish(run: Path, config: CampaignConfig, blocks: Sequence[Block], lease: Lease, seconds: float) -> Summary:
+def finish(
+    run: Path, config: CampaignConfig, blocks: Sequence[Block], lease: Lease, began: float, workers: int
+) -> Summary:
     """Write manifest and summary of a campaign whose blocks are all in place. Raises InputError for a damaged one.
 
-    Whole files at every moment: the manifest of a smaller n holds until that of the larger one takes its place, and
-    only then do the blocks go that it alone knew.
+    began: of this launch (time.monotonic); workers: how many sampled in it. Whole files at every moment: the
+    manifest of a smaller n holds until that of the larger one takes its place, and only then do the blocks go that it
+    alone knew.
     """
     shards = [shard_info(block.path) for block in blocks]
     rejected = sum((rejected_of(block.path) for block in blocks), Counter[str]())
@@ -69,9 +73,8 @@ def finish(run: Path, config: CampaignConfig, blocks: Sequence[Block], lease: Le
     for path in leftovers(run, blocks):
         path.unlink(missing_ok=True)
     lines = {line["block"]: line for line in read_json_lines(run / METRICS) if line.get("token") == lease.team.token}
-    sampled, worked, inside = (
-        sum(line[key] for line in lines.values()) for key in ("sampled", "seconds", "sampling_s")
-    )
+    sampled, inside = (sum(line[key] for line in lines.values()) for key in ("sampled", "sampling_s"))
+    seconds = time.monotonic() - began
     summary = Summary(
         out=config.out,
         task=config.task,
@@ -83,7 +86,7 @@ def finish(run: Path, config: CampaignConfig, blocks: Sequence[Block], lease: Le
         sampled=sampled,
         seconds=round(seconds, 3),
         crystals_per_s=round(sampled / seconds, 3),
-        outside=round(1 - inside / worked, 5) if worked else None,
+        outside=round(1 - inside / (workers * seconds), 5) if sampled else None,
     )
     if sampled == 0 and is_finished(run, config, blocks):
         return summary  # what is there tells of the launch that made them
