@@ -146,6 +146,7 @@ class Layer(nn.Module):
         )
 
     def _attention(self, atoms: Tensor, pairs: Tensor, joined: Tensor) -> Tensor:
+        """The weights sum pairs too, so that a fused kernel, which keeps them to itself, cannot serve here."""
         bias = self.bias(pairs).permute(0, 3, 1, 2).masked_fill(~joined.unsqueeze(1), -math.inf)
         query, key, value = self.query_key_value(atoms).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         weight = (query @ key.mT / math.sqrt(query.shape[-1]) + bias).softmax(-1)  # (B, heads, N, N)
