@@ -92,16 +92,16 @@ def test_another_block_size(checkpoint: Path, whole: Path, tmp_path: Path, block
 
 
 @pytest.mark.mpi
-def test_three_ranks_and_worker_processes(checkpoint: Path, whole: Path, tmp_path: Path) -> None:
-    code, said = Launch(checkpoint, tmp_path / "mpi", ranks=3, n=N).end()
+@pytest.mark.parametrize("ranks", [0, 1, 3])
+def test_ranks_and_worker_processes(checkpoint: Path, whole: Path, tmp_path: Path, ranks: int) -> None:
+    out, more = tmp_path / "run", {} if ranks else {"processes": 2, "block": None}
+    code, said = Launch(checkpoint, out, ranks=ranks, n=N, **more).end()
     assert code == 0, said
     assert said.count("asked for") == 1 and said.count("seed 0") == 1
-    code, said = Launch(checkpoint, tmp_path / "workers", n=N, processes=2, block=None).end()
-    assert code == 0, said
-    for out in (tmp_path / "mpi", tmp_path / "workers"):
-        assert content(out) == content(whole) and litter(out) == [] and check(out) == []
-        assert json.loads((out / "summary.json").read_text())["sampled"] == N
-    assert (tmp_path / "mpi" / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
+    assert content(out) == content(whole) and litter(out) == [] and check(out) == []
+    assert json.loads((out / "summary.json").read_text())["sampled"] == N
+    if ranks:
+        assert (out / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
 
 
 @pytest.mark.parametrize("first", [1, 20, 32, 90])
