@@ -292,8 +292,14 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
                           "crystals goes beside it as CSV")  # fmt: skip
     evaluate.add_argument("--processes", type=int, metavar="P", help="worker processes (default: all usable cores)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N crystals only")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the control with random coordinates")
-    evaluate.add_argument("--pair-timeout", type=float, default=60.0, metavar="S", help="seconds one match may take")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the control and of the samples")
+    evaluate.add_argument("--pair-timeout", type=float, default=60.0, metavar="S",
+                          help="seconds one match or one fingerprint may take")  # fmt: skip
+    evaluate.add_argument("--no-coverage", dest="coverage", action="store_false",
+                          help="generate: no fingerprints, so no coverage, no diversity")  # fmt: skip
+    evaluate.add_argument("--cut-offs", default="mp20", help="of the coverage: mp20 (default), perov5 or carbon24")
+    evaluate.add_argument("--samples", type=int, default=1000, metavar="N",
+                          help="valid crystals whose spread is compared (default: 1000)")  # fmt: skip
     evaluate.set_defaults(run=_evaluate, resumable=True, job=_evaluate_job)
 
 
@@ -313,7 +319,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--processes {arguments.processes}: want 0 (work in this very process) or more")
     request = Request(
         arguments.evaluated, arguments.reference, arguments.split, arguments.task, arguments.pair, arguments.limit,
-        arguments.seed, arguments.pair_timeout,
+        arguments.seed, arguments.pair_timeout, arguments.coverage, arguments.cut_offs, arguments.samples,
     )  # fmt: skip
     with find_team() as team:
         found = evaluate(request, arguments.json, team, arguments.processes)

@@ -144,7 +144,7 @@ def test_magpie_refuses(numbers: list[int], sizes: list[int]) -> None:
 
 @pytest.mark.slow
 def test_magpie_against_matminer_itself() -> None:
-    pytest.importorskip("matminer", reason="matminer is not installed (it pins pandas < 3)")
+    pytest.importorskip("matminer", reason="matminer is not installed")
     from matminer.featurizers.composition import ElementProperty
 
     preset = ElementProperty.from_preset("magpie")

@@ -151,10 +151,32 @@ def test_generate(run: Path, reference: Path, tmp_path: Path) -> None:
     shown = render(told)
     assert "real" in shown and "random" in shown and "6 distinct, 33.3 % of written" in shown
     without = done(Request(run), tmp_path / "w.json")
+    assert without["figures"].keys() == told["figures"].keys() - {"coverage", "wasserstein", "diversity", "samples"}
     control = without["control"]
     assert (control["of"], control["crystals"]) == ("run", 18) and "real" not in control
     assert 0 <= control["random"]["radii"]["share"] < 1, "coordinates at random"
     assert "random: the cells of 18 of these crystals with" in render(without)
+
+
+def test_likeness_to_the_reference(run: Path, reference: Path, tmp_path: Path) -> None:
+    """Of 18 crystals, six copies of known ones among them, every known one is covered but for the copy's tolerance."""
+    found = done(Request(run, reference, samples=5, seed=2), tmp_path / "g.json")
+    figures = found["figures"]
+    coverage, valid = figures["coverage"], figures["validity"]["valid"]["count"]
+    assert coverage["precision"]["of"] == 21 and coverage["recall"]["of"] == coverage["reference"] == 7
+    assert coverage["cut_offs"] == {"structure": 0.4, "composition": 10.0}
+    assert coverage["recall"]["count"] == 6, "of 'sixty' there is no crystal"
+    assert coverage["without_fingerprint"] == {"run": 0, "reference": 0}
+    assert figures["samples"] == {"taken": 5, "asked": 5, "seed": 2} and valid > 5
+    shown = render(found)
+    assert "recall, of 7 known" in shown and "of 5 valid crystals, seed 2" in shown and "were asked for" not in shown
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("fingerprints-*.npy")}
+    assert len(kept) == 2
+    again = done(Request(run, reference, cut_offs="carbon24"), tmp_path / "g.json")
+    assert again["figures"]["coverage"]["precision"]["count"] <= coverage["precision"]["count"]
+    assert f"of {valid} valid crystals, 1,000 were asked for" in render(again)
+    assert kept == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("fingerprints-*.npy")}, "made once"
+    assert "coverage" not in done(Request(run, reference, coverage=False), tmp_path / "n.json")["figures"]
 
 
 def test_an_oracle_matches_all_and_reaches_the_ceiling(tmp_path: Path, reference: Path) -> None:
@@ -272,6 +294,8 @@ def test_it_goes_on_where_it_stopped(
         (["--limit", "0"], 2, "--limit 0"),
         (["--processes", "-1"], 2, "--processes -1"),
         (["--seed", "-1"], 2, "--seed -1"),
+        (["--cut-offs", "mp21"], 2, "--cut-offs mp21: want one of mp20, perov5, carbon24"),
+        (["--samples", "0"], 2, "--samples 0: want at least 1"),
         (["--pair-timeout", "nan"], 2, "--pair-timeout nan"),
         (["--reference", "/nowhere"], 4, "/nowhere: is no folder"),
         (["--json", "x.csv"], 2, "want the name of a JSON file"),

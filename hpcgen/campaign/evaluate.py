@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from hpcgen.campaign.config import SUMMARY
+from hpcgen.campaign.fingerprint import Side, make_fingerprints
+from hpcgen.campaign.likeness import Likeness
 from hpcgen.campaign.measure import MeasureBlock, control_rows, header
 from hpcgen.campaign.pairs import INDEX, Pairs, campaign_of, lines_of, pair
 from hpcgen.errors import InputError, UsageError
 from hpcgen.files import make_folder, whole, write_json
+from hpcgen.metrics.coverage import CUT_OFFS
 from hpcgen.metrics.match import Comparison
 from hpcgen.metrics.summary import DEFINITIONS, Table, generate_figures, predict_figures, validity_figures
 from hpcgen.runner.blocks import Block, How, once, run_blocks
@@ -44,7 +47,10 @@ class Request:
     pair: str | None = None  # target, composition; None: target where the run has that column
     limit: int | None = None  # the first crystals only
     seed: int = 0  # of the control
-    pair_timeout_s: float = 60.0
+    pair_timeout_s: float = 60.0  # of a pair to be matched, and of a fingerprint
+    coverage: bool = True  # and what else needs fingerprints, of generate with a reference
+    cut_offs: str = "mp20"
+    samples: int = 1000  # valid crystals of which distances of distributions and diversity are taken
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -58,6 +64,10 @@ class Request:
         ):
             if value is not None and not needed:
                 raise UsageError(f"--{flag} {value}: means nothing {where}")
+        if self.cut_offs not in CUT_OFFS:
+            raise UsageError(f"--cut-offs {self.cut_offs}: want one of {', '.join(CUT_OFFS)}")
+        if self.samples < 1:
+            raise UsageError(f"--samples {self.samples}: want at least 1")
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit {self.limit}: want at least 1")
         if not 0 <= self.seed < 2**64:
@@ -86,10 +96,13 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
     make_folder(work)
     with StopFlag() as stop, Lease.take(work, team) as lease:
         blocks = _measure(request, reference, counts, work, lease, stop, processes)
+        likeness = _likeness(request, reference, counts)
+        for side in (likeness.run, likeness.reference) if likeness else ():
+            make_fingerprints(side, out.parent, lease, stop, processes, request.pair_timeout_s)
 
         def finish(draft: Path) -> None:
             _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", lease.token)
-            write_json(out, {**_told(request, counts, work, out.with_suffix(".csv")), **making}, token=lease.token)
+            write_json(out, {**_told(request, counts, work, out, likeness), **making}, token=lease.token)
             write_json(draft, {"done": True})
 
         once(work / "done.json", finish, lease=lease, stop=stop)
@@ -113,8 +126,17 @@ class _Counts:
     lines: int | None = None  # compositions that a campaign was asked for; None: no such campaign
 
 
-def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> dict[str, Any]:
-    """All that is to be said of an evaluation, from its table, beside what made it."""
+def _likeness(request: Request, reference: Store | None, counts: _Counts) -> Likeness | None:
+    """What is asked of the fingerprints, if they are."""
+    if reference is None or request.task != "generate" or not request.coverage or not counts.written:
+        return None
+    sides = Side(request.run, None, counts.written), Side(reference.path, request.split, len(reference))
+    return Likeness(*sides, cut_offs=request.cut_offs, samples=request.samples, seed=request.seed)
+
+
+def _told(request: Request, counts: _Counts, work: Path, out: Path, likeness: Likeness | None) -> dict[str, Any]:
+    """All that is to be said of an evaluation, from its table and fingerprints, beside what made it."""
+    table_file = out.with_suffix(".csv")
     table, paired = Table(_read(table_file)), None
     figures = {"validity": validity_figures(table, counts.asked)}
     if request.task == "predict":
@@ -124,6 +146,8 @@ def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> di
         paired = pairs.by
     else:
         figures |= generate_figures(table)
+    if likeness is not None:
+        figures |= likeness.figures(out.parent, table.flag("valid"), counts.asked)
     control = json.loads((work / "control.json").read_text(encoding="utf-8"))
     return {
         "task": request.task,

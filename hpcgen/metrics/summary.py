@@ -37,6 +37,14 @@ DEFINITIONS = {
     "campaign's the first one written",
     "best": "targets matched by any of their samples, over targets, and the mean of their lowest rms",
     "by_num_atoms": "of the crystals written, rejected ones having no size",
+    "coverage": "recall: crystals of the reference within both cut-offs of the nearest crystal of the run in structure "
+    "and of the nearest in composition, which may be two; precision: crystals of the run likewise, over all asked; "
+    "amsd, amcd: mean distances to the nearest in structure and in composition; Euclidean distances of the mean of the "
+    "sites' CrystalNN fingerprints (matminer's preset ops) and of Magpie features scaled as in CDVAE",
+    "wasserstein": "distances of the samples to the whole reference, of density in g/cm³ and of the number "
+    "of elements (CDVAE)",
+    "diversity": "mean distances of all pairs of samples, as for the coverage (CDVAE)",
+    "samples": "of the valid crystals that have a fingerprint, drawn by chance",
 }
 BINS = ((1, 4), (5, 8), (9, 12), (13, 16), (17, 20), (21, 30), (31, 52), (53, 10**9))  # atoms
 
@@ -198,6 +206,8 @@ def render(told: Mapping[str, Any]) -> str:
         lines += ["", f"{'formulas':<13} {unique}"]
         if told["written"]:
             lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {atoms['mean']:.2f}")
+    if "coverage" in figures:
+        lines += ["", *_likeness_lines(figures)]
     return "\n".join(lines)
 
 
@@ -219,6 +229,30 @@ def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | No
         else:
             lines.append(f"random: the cells of {many} of these crystals with {chance}")
     return lines
+
+
+def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
+    told, samples = figures["coverage"], figures["samples"]
+    near, lost = told["cut_offs"], told["without_fingerprint"]
+    rows = [[_percent(told[side]["share"]), _number(told[f"amsd_{side}"]), _number(told[f"amcd_{side}"])]
+            for side in ("recall", "precision")]  # fmt: skip
+    heads = ["share", "structures apart", "compositions apart"]
+    names = [f"recall, of {told['recall']['of']:,} known", f"precision, of {told['precision']['of']:,} asked"]
+    lines = _aligned("coverage", names, heads, list(zip(*rows, strict=True)))
+    lines.append(f"cut-offs {near['structure']:g} and {near['composition']:g}; without a fingerprint: "
+                 f"{lost['run']:,} of the run, {lost['reference']:,} of the reference")  # fmt: skip
+    apart, spread = figures["wasserstein"], figures["diversity"]
+    few = "" if samples["taken"] == samples["asked"] else f", {samples['asked']:,} were asked for"
+    return [
+        *lines, "",
+        f"{'apart':<13} density {_number(apart['density'])} g/cm³, elements {_number(apart['num_elements'])}",
+        f"{'diversity':<13} structures {_number(spread['structure'])}, compositions {_number(spread['composition'])}",
+        f"{'':<13} of {samples['taken']:,} valid crystals{few}, seed {samples['seed']}",
+    ]  # fmt: skip
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.4f}" if value is not None else "–"
 
 
 def _predict_lines(figures: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,99 @@
+"""Structure fingerprints of all crystals of a store, block by block, kept in one file beside the evaluation."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hpcgen.files import make_folder, whole
+from hpcgen.metrics.fingerprints import FEATURES, fingerprints
+from hpcgen.runner.blocks import Block, How, once, run_blocks
+from hpcgen.runner.lease import Lease
+from hpcgen.runner.stop import StopFlag
+from hpcgen.runner.worker import Cursor
+from hpcgen.store.layout import read_manifest
+from hpcgen.store.read import Store
+
+ROWS = 256  # crystals of a block, at least
+MOST_BLOCKS = 512
+TOGETHER = 16  # crystals that are searched at once; one by one where that crashed or took too long
+PRELOAD = ("hpcgen.metrics.fingerprints",)
+_RULES = 1  # another number makes all anew
+
+
+@dataclass(frozen=True)
+class Side:
+    """The first `count` crystals of a store, or of a split of it."""
+
+    store: Path
+    split: str | None
+    count: int
+
+    def name(self) -> str:
+        """Of the file of their fingerprints: another one for other crystals."""
+        shards = [shard.sha256 for shard in read_manifest(self.store).shards]
+        told = json.dumps([shards, self.split, self.count, _RULES])
+        return f"fingerprints-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
+
+    def read(self, folder: Path) -> np.ndarray:
+        """Fingerprints (count, 61) float32 from the file that `make_fingerprints` wrote; nan where there is none."""
+        values: np.ndarray = np.load(folder / self.name(), mmap_mode="r")
+        return values
+
+
+@dataclass(frozen=True)
+class FingerprintBlock:
+    """Work of the runner: fingerprints of the crystals of one block; those that have none stand there as nan."""
+
+    side: Side
+    rows: int
+
+    def __call__(self, block: Block, draft: Path, cursor: Cursor) -> dict[str, int | float]:
+        start, values = block.index * self.rows, np.full((block.size, len(FEATURES)), np.nan, dtype=np.float32)
+        crystals = Store(self.side.store, self.side.split, dtype=None, columns=[]).rows(
+            range(start, start + block.size)
+        ).crystals  # fmt: skip
+        for first in range(0, block.size, TOGETHER):
+            last = min(first + TOGETHER, block.size)
+            together = -1 - first  # an item of its own: where it fails, its crystals are tried one by one
+            cursor.at(together)
+            if together not in cursor.culprits:
+                values[first:last] = fingerprints(crystals[first:last]).values
+                continue
+            for at in range(first, last):
+                cursor.at(at)
+                if at not in cursor.culprits:
+                    values[at] = fingerprints(crystals[at]).values[0]
+        cursor.rest()
+        with draft.open("wb") as file:
+            np.save(file, values)
+        return {"fingerprints": int(np.isfinite(values[:, 0]).sum())}
+
+
+def make_fingerprints(
+    side: Side, folder: Path, lease: Lease, stop: StopFlag, processes: int | None, timeout_s: float
+) -> None:
+    """Write the file in `folder` that `side.read` reads, unless it is there; together with the others of the launch."""
+    file = folder / side.name()
+    if file.exists():
+        return
+    work = make_folder(lease.folder / file.stem)
+    rows = max(ROWS, -(-side.count // MOST_BLOCKS))
+    blocks = [Block(number, work / f"{number:06d}.npy", min(rows, side.count - start))
+              for number, start in enumerate(range(0, side.count, rows))]  # fmt: skip
+    how = How(processes, PRELOAD, timeout_s, label="fingerprints")
+    run_blocks(blocks, FingerprintBlock(side, rows), lease=lease, stop=stop, how=how).refuse_failed(
+        side.store, len(blocks)
+    )
+
+    def join(draft: Path) -> None:
+        with whole(file, token=lease.token) as joined, joined.open("wb") as target:
+            head = {"descr": "<f4", "fortran_order": False, "shape": (side.count, len(FEATURES))}
+            np.lib.format.write_array_header_1_0(target, head)
+            for block in blocks:
+                target.write(np.load(block.path).tobytes())
+        draft.write_text("joined\n")
+
+    once(work / "joined", join, lease=lease, stop=stop)
