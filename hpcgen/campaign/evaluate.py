@@ -21,7 +21,7 @@ from hpcgen.errors import InputError, UsageError
 from hpcgen.files import make_folder, whole, write_json
 from hpcgen.metrics.coverage import CUT_OFFS
 from hpcgen.metrics.match import Comparison
-from hpcgen.metrics.summary import DEFINITIONS, Table, generate_figures, predict_figures, validity_figures
+from hpcgen.metrics.summary import DEFINITIONS, Table, bond_figures, generate_figures, predict_figures, validity_figures
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
@@ -138,7 +138,7 @@ def _told(request: Request, counts: _Counts, work: Path, out: Path, likeness: Li
     """All that is to be said of an evaluation, from its table and fingerprints, beside what made it."""
     table_file = out.with_suffix(".csv")
     table, paired = Table(_read(table_file)), None
-    figures = {"validity": validity_figures(table, counts.asked)}
+    figures = {"validity": validity_figures(table, counts.asked), "bonds": bond_figures(table, counts.asked)}
     if request.task == "predict":
         pairs = Pairs.load(work / "pairs.npz")
         lost = dict(zip(pairs.lost.tolist(), pairs.lost_valid.tolist(), strict=True))
@@ -210,7 +210,9 @@ def _control(request: Request, reference: Store | None, written: int) -> dict[st
         del tables["real"]  # is what is evaluated
     many = len(tables["random"])
     told = {"of": "run" if reference is None else "reference", "crystals": many, "seed": request.seed}
-    return told | {kind: validity_figures(table, many) for kind, table in tables.items()}
+    return told | {
+        kind: {**validity_figures(table, many), "bonds": bond_figures(table, many)} for kind, table in tables.items()
+    }
 
 
 def _written(run: Path) -> int:

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hpcgen.campaign.fingerprint import Side
+from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.magpie import magpie_features
+from hpcgen.metrics.bonds import Lengths, bonds, element_divergence, lengths_apart
 from hpcgen.metrics.coverage import (
     CUT_OFFS,
     chosen,
@@ -23,6 +26,8 @@ from hpcgen.metrics.coverage import (
 from hpcgen.store.read import Store
 
 TOGETHER = 4096  # crystals in memory at a time
+KNOWN = 10_000  # crystals of the reference whose bonds are measured, at most
+TOLD = 10  # pairs of elements of which the distance of lengths is told, those with most bonds
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,29 @@ class Likeness:
         def parts() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for start, crystals in _crystals(self.run):
                 features, rows = _scaled(crystals), slice(start, start + len(crystals))
-                sampled.add(crystals, features, sample[(sample >= start) & (sample < rows.stop)] - start)
+                here = sample[(sample >= start) & (sample < rows.stop)] - start
+                sampled.add(crystals, features, here, here)
                 has = there[rows]
                 yield own[rows][has], features[has]
 
-        for _, crystals in _crystals(self.reference):
-            whole.add(crystals, _scaled(crystals), np.arange(len(crystals)))
+        measured = chosen(np.arange(self.reference.count), KNOWN, self.seed)
+        for start, crystals in _crystals(self.reference):
+            rows = (measured >= start) & (measured < start + len(crystals))
+            whole.add(crystals, _scaled(crystals), np.arange(len(crystals)), measured[rows] - start)
         beside = (known[there_known], whole.features[there_known])
         told = coverage(parts(), beside, asked, CUT_OFFS[self.cut_offs])
         told["without_fingerprint"] = {"run": int((~there).sum()), "reference": int((~there_known).sum())}
+        lengths = lengths_apart(sampled.lengths, whole.lengths)
+        most = sorted(lengths, key=lambda pair: (-lengths[pair][1], pair))[:TOLD]
         return {
             "coverage": told | {"reference": int(there_known.sum())},
             "wasserstein": {
                 "density": earth_movers(sampled.density, whole.density),
                 "num_elements": earth_movers(sampled.num_elements, whole.num_elements),
+                "bond_lengths": _weighed([lengths[pair][:2] for pair in lengths]),
+                "of_pairs": {_named(pair): lengths[pair][0] for pair in most},
             },
+            "element_divergence": element_divergence(sampled.elements, whole.elements),
             "diversity": {"structure": diversity(own[sample]), "composition": diversity(sampled.features)},
             "samples": {"taken": len(sample), "asked": self.samples, "seed": self.seed},
         }
@@ -70,9 +83,16 @@ class _Collected:
 
     def __init__(self) -> None:
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.lengths = Lengths()
+        self.elements = np.zeros(118, dtype=np.int64)  # atoms of each
 
-    def add(self, crystals: Crystals, features: np.ndarray, which: np.ndarray) -> None:
+    def add(self, crystals: Crystals, features: np.ndarray, which: np.ndarray, bonded: np.ndarray) -> None:
+        """which: crystals that count; bonded: those whose bonds are measured."""
         self._parts.append((density(crystals)[which], num_elements(crystals)[which], features[which]))
+        if len(which):
+            self.elements += np.bincount(crystals[torch.from_numpy(which)].atomic_numbers, minlength=119)[1:]
+        if len(bonded):
+            self.lengths.add(bonds(crystals[torch.from_numpy(bonded)]))
 
     @property
     def density(self) -> np.ndarray:
@@ -85,6 +105,18 @@ class _Collected:
     @property
     def features(self) -> np.ndarray:
         return np.concatenate([part[2] for part in self._parts])
+
+
+def _weighed(lengths: list[tuple[float, int]]) -> float | None:
+    """Mean of distances, each counted as often as the run has such bonds."""
+    if not lengths:
+        return None
+    distances, weights = np.array(lengths).T
+    return float(np.average(distances, weights=weights))
+
+
+def _named(pair: tuple[int, int]) -> str:
+    return "-".join(SYMBOLS[number] for number in pair)
 
 
 def _crystals(side: Side) -> Iterator[tuple[int, Crystals]]:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from hpcgen.campaign.pairs import Pairs
 from hpcgen.crystal.composition import reduced_formula
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.metrics.bonds import bonds
 from hpcgen.metrics.charge_balance import charge_balanced
 from hpcgen.metrics.match import Comparison, Match
 from hpcgen.metrics.validity import random_coordinates, validity
@@ -18,7 +20,10 @@ from hpcgen.runner.blocks import Block
 from hpcgen.runner.worker import Cursor
 from hpcgen.store.read import Store
 
-OWN = ("id", "formula", "num_atoms", "volume_per_atom", "distances", "distances_with_images", "radii", "composition")
+OWN = (
+    "id", "formula", "num_atoms", "volume_per_atom", "distances", "distances_with_images", "radii", "composition",
+    "bonds", "sound_bonds", "lonely_atoms",
+)  # fmt: skip
 PAIRED = ("asked_for", "line", "sample", "target", "target_valid", "candidates", "matched", "rms", "matched_strict")
 NO_TARGET = "no-target"
 _ODD = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError)  # pymatgen's on odd cells
@@ -34,6 +39,7 @@ def own_values(crystals: Crystals, ids: list[str]) -> list[dict[str, Any]]:
     found = validity(crystals)
     numbers = [part.tolist() for part in crystals.atomic_numbers.split(crystals.num_atoms.tolist())]
     volumes = (crystals.volume / crystals.num_atoms).tolist()
+    bonded = _bonds(crystals, found.distances_with_images)
     return [
         {
             "id": ids[k],
@@ -44,10 +50,21 @@ def own_values(crystals: Crystals, ids: list[str]) -> list[dict[str, Any]]:
             "distances_with_images": int(found.distances_with_images[k]),
             "radii": int(found.radii[k]),
             "composition": int(charge_balanced(numbers[k])),
+            **bonded.get(k, {}),
             "reason": "",
         }
         for k in range(len(crystals))
     ]
+
+
+def _bonds(crystals: Crystals, whole: np.ndarray) -> dict[int, dict[str, int]]:
+    """Bonds of the crystals that are `whole` (B,), by their place: those of collapsed ones are beyond counting."""
+    places = np.flatnonzero(whole)
+    if not len(places):
+        return {}
+    found = bonds(crystals[torch.from_numpy(places)])
+    columns = {"bonds": found.counts()[0], "sound_bonds": found.counts()[1], "lonely_atoms": found.lonely}
+    return {int(place): {name: int(values[at]) for name, values in columns.items()} for at, place in enumerate(places)}
 
 
 def control_rows(reference: Store, count: int, seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:

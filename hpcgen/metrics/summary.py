@@ -21,6 +21,9 @@ DEFINITIONS = {
     "composition": "one element, or metals alone, or neutral with some oxidation states such that every cation is less "
     "electronegative than every anion (compositional validity, CDVAE; tables of SMACT 2.2.1)",
     "valid": "distances and composition",
+    "bonds": "pairs of atoms, images included, at most 1.3 times the sum of their covalent radii apart; sound ones are "
+    "at least 0.75 times that sum long (bond validation rate); crystals: of all asked those in which every bond is "
+    "sound and every atom has one; counted in crystals without atoms within 0.5 Å",
     "unique_formulas": "distinct reduced formulas over crystals written",
     "match_rate": "predictions that StructureMatcher matches to their target over all asked, so the mean over the "
     "samples of a target; rejected and not compared ones count as not matched",
@@ -42,7 +45,10 @@ DEFINITIONS = {
     "amsd, amcd: mean distances to the nearest in structure and in composition; Euclidean distances of the mean of the "
     "sites' CrystalNN fingerprints (matminer's preset ops) and of Magpie features scaled as in CDVAE",
     "wasserstein": "distances of the samples to the whole reference, of density in g/cm³ and of the number "
-    "of elements (CDVAE)",
+    "of elements (CDVAE), and of the bond lengths in Å of each pair of elements with 10 bonds on both sides, their "
+    "mean over the bonds of the samples (of a reference of more than 10,000 crystals, bonds of so many)",
+    "element_divergence": "Kullback–Leibler divergence of the elements of the samples' atoms from those of the "
+    "reference, in nats, half an atom of each element added on both sides",
     "diversity": "mean distances of all pairs of samples, as for the coverage (CDVAE)",
     "samples": "of the valid crystals that have a fingerprint, drawn by chance",
 }
@@ -54,12 +60,13 @@ class Table:
 
     def __init__(self, rows: Iterable[Mapping[str, str]]) -> None:
         """rows: as they stand in the CSV file, flags as 1 and 0, '' where there is no value."""
-        sizes, flags, rms, lines, samples = [], [], [], [], []
+        sizes, flags, bonds, rms, lines, samples = [], [], [], [], [], []
         self.formulas: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         for row in rows:
             sizes.append(int(row["num_atoms"]))
             flags.append(_packed(row))
+            bonds.append([int(row.get(name) or 0) for name in ("bonds", "sound_bonds", "lonely_atoms")])
             self.formulas[row["formula"]] += 1
             if row["reason"]:
                 self.reasons[row["reason"].partition(":")[0]] += 1
@@ -69,6 +76,7 @@ class Table:
                 samples.append(int(row["sample"]))
         self.num_atoms = np.array(sizes, dtype=np.int64)
         self._flags = np.array(flags, dtype=np.uint8)
+        self.bonds = np.array(bonds, dtype=np.int64).reshape(-1, 3)  # all, sound ones, atoms without
         self.rms = np.array(rms)  # NaN where not matched
         self.line = np.array(lines, dtype=np.int64)  # number of the target
         self.sample = np.array(samples, dtype=np.int64)
@@ -93,6 +101,13 @@ def _packed(row: Mapping[str, str]) -> int:
 def validity_figures(table: Table, asked: int) -> dict[str, Any]:
     """How many crystals keep each rule, of all asked."""
     return {name: _share(int(table.flag(name).sum()), asked) for name in RULES}
+
+
+def bond_figures(table: Table, asked: int) -> dict[str, Any]:
+    """How many bonds are sound, and how many crystals of all asked have sound bonds alone, and one at every atom."""
+    bonds, sound, lonely = table.bonds.sum(0).tolist() if len(table) else (0, 0, 0)
+    whole = (table.bonds[:, 0] == table.bonds[:, 1]) & (table.bonds[:, 2] == 0) & (table.bonds[:, 0] > 0)
+    return {"sound": _share(sound, bonds), "crystals": _share(int(whole.sum()), asked), "lonely_atoms": lonely}
 
 
 def generate_figures(table: Table) -> dict[str, Any]:
@@ -200,6 +215,7 @@ def render(told: Mapping[str, Any]) -> str:
     if told["task"] == "predict":
         lines += ["", *_predict_lines(figures)]
     lines += ["", *_validity_lines(figures["validity"], told["control"])]
+    lines += ["", _bond_line(figures["bonds"], told["control"])]
     if told["task"] == "generate":
         atoms = figures["num_atoms"]
         unique = f"{figures['formulas']:,} distinct, {_percent(figures['unique_formulas'])} of written"
@@ -231,6 +247,14 @@ def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | No
     return lines
 
 
+def _bond_line(bonds: Mapping[str, Any], control: Mapping[str, Any] | None) -> str:
+    sides = {kind: control[kind]["bonds"] for kind in ("real", "random") if control and kind in control}
+    beside = [f"{kind} {_percent(side['sound']['share'])}, {_percent(side['crystals']['share'])}"
+              for kind, side in sides.items()]  # fmt: skip
+    told = f"{_percent(bonds['sound']['share'])} sound, all of them in {_percent(bonds['crystals']['share'])} of asked"
+    return f"{'bonds':<13} {told}" + (f" ({'; '.join(beside)})" if beside else "")
+
+
 def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
     told, samples = figures["coverage"], figures["samples"]
     near, lost = told["cut_offs"], told["without_fingerprint"]
@@ -246,6 +270,8 @@ def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
     return [
         *lines, "",
         f"{'apart':<13} density {_number(apart['density'])} g/cm³, elements {_number(apart['num_elements'])}",
+        f"{'':<13} bond lengths {_number(apart['bond_lengths'])} Å; "
+        f"element divergence {_number(figures['element_divergence'])}",
         f"{'diversity':<13} structures {_number(spread['structure'])}, compositions {_number(spread['composition'])}",
         f"{'':<13} of {samples['taken']:,} valid crystals{few}, seed {samples['seed']}",
     ]  # fmt: skip
