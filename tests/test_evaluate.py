@@ -152,7 +152,7 @@ def test_generate(run: Path, reference: Path, tmp_path: Path) -> None:
     assert "real" in shown and "random" in shown and "6 distinct, 33.3 % of written" in shown
     without = done(Request(run), tmp_path / "w.json")
     assert without["figures"].keys() == told["figures"].keys() - {
-        "coverage", "wasserstein", "element_divergence", "diversity", "samples"
+        "coverage", "wasserstein", "element_divergence", "symmetry", "diversity", "samples"
     }  # fmt: skip
     control = without["control"]
     assert (control["of"], control["crystals"]) == ("run", 18) and "real" not in control
@@ -172,12 +172,12 @@ def test_likeness_to_the_reference(run: Path, reference: Path, tmp_path: Path) -
     assert figures["samples"] == {"taken": 5, "asked": 5, "seed": 2} and valid > 5
     shown = render(found)
     assert "recall, of 7 known" in shown and "of 5 valid crystals, seed 2" in shown and "were asked for" not in shown
-    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("fingerprints-*.npy")}
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("described-*.npy")}
     assert len(kept) == 2
     again = done(Request(run, reference, cut_offs="carbon24"), tmp_path / "g.json")
     assert again["figures"]["coverage"]["precision"]["count"] <= coverage["precision"]["count"]
     assert f"of {valid} valid crystals, 1,000 were asked for" in render(again)
-    assert kept == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("fingerprints-*.npy")}, "made once"
+    assert kept == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("described-*.npy")}, "made once"
     assert "coverage" not in done(Request(run, reference, coverage=False), tmp_path / "n.json")["figures"]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcgen.campaign.config import SUMMARY
-from hpcgen.campaign.fingerprint import Side, make_fingerprints
+from hpcgen.campaign.describe import Side, describe
 from hpcgen.campaign.likeness import Likeness
 from hpcgen.campaign.measure import MeasureBlock, control_rows, header
 from hpcgen.campaign.pairs import INDEX, Pairs, campaign_of, lines_of, pair
@@ -98,7 +98,7 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
         blocks = _measure(request, reference, counts, work, lease, stop, processes)
         likeness = _likeness(request, reference, counts)
         for side in (likeness.run, likeness.reference) if likeness else ():
-            make_fingerprints(side, out.parent, lease, stop, processes, request.pair_timeout_s)
+            describe(side, out.parent, lease, stop, processes, request.pair_timeout_s)
 
         def finish(draft: Path) -> None:
             _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", lease.token)

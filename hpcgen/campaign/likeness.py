@@ -1,4 +1,4 @@
-"""How like the crystals of a reference those of a run are, from their fingerprints: CDVAE's figures."""
+"""How like the crystals of a reference those of a run are: CDVAE's figures, bonds, elements and symmetry."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpcgen.campaign.fingerprint import Side
+from hpcgen.campaign.describe import SYMPREC, Side
 from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.magpie import magpie_features
@@ -23,6 +23,7 @@ from hpcgen.metrics.coverage import (
     num_elements,
     scaled,
 )
+from hpcgen.metrics.space_groups import symmetry_figures
 from hpcgen.store.read import Store
 
 TOGETHER = 4096  # crystals in memory at a time
@@ -41,8 +42,8 @@ class Likeness:
     seed: int = 0
 
     def figures(self, folder: Path, valid: np.ndarray, asked: int) -> dict[str, Any]:
-        """folder: of the files of fingerprints; valid (N,) bool: of the run's crystals; asked: crystals."""
-        own, known = self.run.read(folder), self.reference.read(folder)
+        """folder: of the files that describe both; valid (N,) bool: of the run's crystals; asked: crystals."""
+        (own, groups), (known, known_groups) = self.run.read(folder), self.reference.read(folder)
         there, there_known = (np.isfinite(values[:, 0]) for values in (own, known))
         sample = chosen(np.flatnonzero(valid & there), self.samples, self.seed)
         sampled, whole = _Collected(), _Collected()
@@ -73,6 +74,7 @@ class Likeness:
                 "of_pairs": {_named(pair): lengths[pair][0] for pair in most},
             },
             "element_divergence": element_divergence(sampled.elements, whole.elements),
+            "symmetry": {"symprec": SYMPREC} | symmetry_figures(groups, known_groups),
             "diversity": {"structure": diversity(own[sample]), "composition": diversity(sampled.features)},
             "samples": {"taken": len(sample), "asked": self.samples, "seed": self.seed},
         }

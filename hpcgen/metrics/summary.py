@@ -49,6 +49,8 @@ DEFINITIONS = {
     "mean over the bonds of the samples (of a reference of more than 10,000 crystals, bonds of so many)",
     "element_divergence": "Kullback–Leibler divergence of the elements of the samples' atoms from those of the "
     "reference, in nats, half an atom of each element added on both sides",
+    "symmetry": "space groups within symprec Å (moyo): the share beyond P1, and Jensen-Shannon divergences from the "
+    "reference, of space groups and of crystal systems, in bits",
     "diversity": "mean distances of all pairs of samples, as for the coverage (CDVAE)",
     "samples": "of the valid crystals that have a fingerprint, drawn by chance",
 }
@@ -272,9 +274,19 @@ def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
         f"{'apart':<13} density {_number(apart['density'])} g/cm³, elements {_number(apart['num_elements'])}",
         f"{'':<13} bond lengths {_number(apart['bond_lengths'])} Å; "
         f"element divergence {_number(figures['element_divergence'])}",
+        _symmetry_line(figures["symmetry"]),
         f"{'diversity':<13} structures {_number(spread['structure'])}, compositions {_number(spread['composition'])}",
         f"{'':<13} of {samples['taken']:,} valid crystals{few}, seed {samples['seed']}",
     ]  # fmt: skip
+
+
+def _symmetry_line(symmetry: Mapping[str, Any]) -> str:
+    own, known = (_percent(symmetry[name]["share"]) for name in ("symmetric", "symmetric_reference"))
+    return (
+        f"{'symmetry':<13} {own} beyond P1 (real {known}) at {symmetry['symprec']:g} Å; "
+        f"divergence of space groups {_number(symmetry['space_groups'])} bit, "
+        f"of crystal systems {_number(symmetry['crystal_systems'])}"
+    )
 
 
 def _number(value: float | None) -> str:

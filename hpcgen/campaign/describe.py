@@ -1,4 +1,4 @@
-"""Structure fingerprints of all crystals of a store, block by block, kept in one file beside the evaluation."""
+"""Fingerprint and space group of all crystals of a store, block by block, kept in one file beside the evaluation."""
 
 import hashlib
 import json
@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.refused import Refused
+from hpcgen.crystal.symmetry import find_symmetry
 from hpcgen.files import make_folder, whole
 from hpcgen.metrics.fingerprints import FEATURES, fingerprints
 from hpcgen.runner.blocks import Block, How, once, run_blocks
@@ -20,6 +23,8 @@ ROWS = 256  # crystals of a block, at least
 MOST_BLOCKS = 512
 TOGETHER = 16  # crystals that are searched at once; one by one where that crashed or took too long
 PRELOAD = ("hpcgen.metrics.fingerprints",)
+SYMPREC = 0.1  # Å
+WIDTH = len(FEATURES) + 1
 _RULES = 1  # another number makes all anew
 
 
@@ -32,26 +37,28 @@ class Side:
     count: int
 
     def name(self) -> str:
-        """Of the file of their fingerprints: another one for other crystals."""
+        """Of the file that describes them: another one for other crystals."""
         shards = [shard.sha256 for shard in read_manifest(self.store).shards]
-        told = json.dumps([shards, self.split, self.count, _RULES])
-        return f"fingerprints-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
+        told = json.dumps([shards, self.split, self.count, SYMPREC, _RULES])
+        return f"described-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
 
-    def read(self, folder: Path) -> np.ndarray:
-        """Fingerprints (count, 61) float32 from the file that `make_fingerprints` wrote; nan where there is none."""
-        values: np.ndarray = np.load(folder / self.name(), mmap_mode="r")
-        return values
+    def read(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        """From the file that `describe` wrote: fingerprints (count, 61) float32, nan where a crystal has none, and
+        space groups (count,) int64, 0 where none was found."""
+        values = np.load(folder / self.name(), mmap_mode="r")
+        return values[:, :-1], values[:, -1].astype(np.int64)
 
 
 @dataclass(frozen=True)
-class FingerprintBlock:
-    """Work of the runner: fingerprints of the crystals of one block; those that have none stand there as nan."""
+class DescribeBlock:
+    """Work of the runner: fingerprints and space groups of the crystals of one block; nan and 0 if there is none."""
 
     side: Side
     rows: int
 
     def __call__(self, block: Block, draft: Path, cursor: Cursor) -> dict[str, int | float]:
-        start, values = block.index * self.rows, np.full((block.size, len(FEATURES)), np.nan, dtype=np.float32)
+        start, values = block.index * self.rows, np.full((block.size, WIDTH), np.nan, dtype=np.float32)
+        values[:, -1] = 0
         crystals = Store(self.side.store, self.side.split, dtype=None, columns=[]).rows(
             range(start, start + block.size)
         ).crystals  # fmt: skip
@@ -60,21 +67,32 @@ class FingerprintBlock:
             together = -1 - first  # an item of its own: where it fails, its crystals are tried one by one
             cursor.at(together)
             if together not in cursor.culprits:
-                values[first:last] = fingerprints(crystals[first:last]).values
+                values[first:last] = _described(crystals[first:last])
                 continue
             for at in range(first, last):
                 cursor.at(at)
                 if at not in cursor.culprits:
-                    values[at] = fingerprints(crystals[at]).values[0]
+                    values[at] = _described(crystals[at])
         cursor.rest()
         with draft.open("wb") as file:
             np.save(file, values)
         return {"fingerprints": int(np.isfinite(values[:, 0]).sum())}
 
 
-def make_fingerprints(
-    side: Side, folder: Path, lease: Lease, stop: StopFlag, processes: int | None, timeout_s: float
-) -> None:
+def _described(crystals: Crystals) -> np.ndarray:
+    """(B, WIDTH) of B crystals."""
+    groups = [_space_group(crystals[at]) for at in range(len(crystals))]
+    return np.concatenate([fingerprints(crystals).values, np.array(groups)[:, None]], 1)
+
+
+def _space_group(crystal: Crystals) -> int:
+    try:
+        return find_symmetry(crystal, SYMPREC).number
+    except Refused:
+        return 0
+
+
+def describe(side: Side, folder: Path, lease: Lease, stop: StopFlag, processes: int | None, timeout_s: float) -> None:
     """Write the file in `folder` that `side.read` reads, unless it is there; together with the others of the launch."""
     file = folder / side.name()
     if file.exists():
@@ -83,14 +101,14 @@ def make_fingerprints(
     rows = max(ROWS, -(-side.count // MOST_BLOCKS))
     blocks = [Block(number, work / f"{number:06d}.npy", min(rows, side.count - start))
               for number, start in enumerate(range(0, side.count, rows))]  # fmt: skip
-    how = How(processes, PRELOAD, timeout_s, label="fingerprints")
-    run_blocks(blocks, FingerprintBlock(side, rows), lease=lease, stop=stop, how=how).refuse_failed(
+    how = How(processes, PRELOAD, timeout_s, label="describing")
+    run_blocks(blocks, DescribeBlock(side, rows), lease=lease, stop=stop, how=how).refuse_failed(
         side.store, len(blocks)
     )
 
     def join(draft: Path) -> None:
         with whole(file, token=lease.token) as joined, joined.open("wb") as target:
-            head = {"descr": "<f4", "fortran_order": False, "shape": (side.count, len(FEATURES))}
+            head = {"descr": "<f4", "fortran_order": False, "shape": (side.count, WIDTH)}
             np.lib.format.write_array_header_1_0(target, head)
             for block in blocks:
                 target.write(np.load(block.path).tobytes())
