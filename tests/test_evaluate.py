@@ -207,6 +207,16 @@ def test_pairs_by_composition(run: Path, reference: Path, tmp_path: Path) -> Non
     assert rows["skewed-1"]["asked_for"] == "HeLiOP, 4 atoms"
     assert rows["hcp-0"]["candidates"] == "1"
     assert "by reduced composition" in render(told)
+    metre, ids = told["figures"]["metre"], [*reversed(other)]
+    best: dict[str, float] = {}
+    for row in rows.values():
+        for place, rms in (told.split(":") for told in row["met"].split()):
+            best[ids[int(place)]] = min(float(rms), best.get(ids[int(place)], 1.0))
+    assert set(best) >= {"NaCl", "skewed"} and "sixty" not in best
+    assert (metre["count"], metre["of"]) == (len(best), 8)
+    assert metre["crms"] == pytest.approx((sum(best.values()) + 0.5 * (8 - len(best))) / 8)
+    assert f"METRe: {len(best)} of 8 known crystals" in render(told)
+    assert "metre" not in done(Request(run, both, task="predict"), tmp_path / "t.json")["figures"]
     plain = store(tmp_path / "plain", [known()["NaCl"]], ["x"])  # without a column target
     found = done(Request(plain, reference, task="predict"))
     assert found["figures"]["match_rate"]["share"] == 1.0 and "composition" in found["paired"]

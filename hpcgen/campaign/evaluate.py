@@ -16,12 +16,20 @@ from hpcgen.campaign.config import SUMMARY
 from hpcgen.campaign.describe import Side, describe
 from hpcgen.campaign.likeness import Likeness
 from hpcgen.campaign.measure import MeasureBlock, control_rows, header
-from hpcgen.campaign.pairs import INDEX, Pairs, campaign_of, lines_of, pair
+from hpcgen.campaign.pairs import BY_COMPOSITION, INDEX, Pairs, campaign_of, lines_of, pair
 from hpcgen.errors import InputError, UsageError
 from hpcgen.files import make_folder, whole, write_json
 from hpcgen.metrics.coverage import CUT_OFFS
 from hpcgen.metrics.match import Comparison
-from hpcgen.metrics.summary import DEFINITIONS, Table, bond_figures, generate_figures, predict_figures, validity_figures
+from hpcgen.metrics.summary import (
+    DEFINITIONS,
+    Table,
+    bond_figures,
+    generate_figures,
+    metre_figures,
+    predict_figures,
+    validity_figures,
+)
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
@@ -102,7 +110,7 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
 
         def finish(draft: Path) -> None:
             _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", lease.token)
-            write_json(out, {**_told(request, counts, work, out, likeness), **making}, token=lease.token)
+            write_json(out, {**_told(request, reference, counts, work, out, likeness), **making}, token=lease.token)
             write_json(draft, {"done": True})
 
         once(work / "done.json", finish, lease=lease, stop=stop)
@@ -134,7 +142,9 @@ def _likeness(request: Request, reference: Store | None, counts: _Counts) -> Lik
     return Likeness(*sides, cut_offs=request.cut_offs, samples=request.samples, seed=request.seed)
 
 
-def _told(request: Request, counts: _Counts, work: Path, out: Path, likeness: Likeness | None) -> dict[str, Any]:
+def _told(
+    request: Request, reference: Store | None, counts: _Counts, work: Path, out: Path, likeness: Likeness | None
+) -> dict[str, Any]:
     """All that is to be said of an evaluation, from its table and fingerprints, beside what made it."""
     table_file = out.with_suffix(".csv")
     table, paired = Table(_read(table_file)), None
@@ -144,6 +154,8 @@ def _told(request: Request, counts: _Counts, work: Path, out: Path, likeness: Li
         lost = dict(zip(pairs.lost.tolist(), pairs.lost_valid.tolist(), strict=True))
         figures |= predict_figures(table, counts.asked, counts.lines, lost)
         paired = pairs.by
+        if reference is not None and paired == BY_COMPOSITION:
+            figures["metre"] = metre_figures(table, len(reference), Comparison().tolerances.stol)
     else:
         figures |= generate_figures(table)
     if likeness is not None:

@@ -24,7 +24,18 @@ OWN = (
     "id", "formula", "num_atoms", "volume_per_atom", "distances", "distances_with_images", "radii", "composition",
     "bonds", "sound_bonds", "lonely_atoms",
 )  # fmt: skip
-PAIRED = ("asked_for", "line", "sample", "target", "target_valid", "candidates", "matched", "rms", "matched_strict")
+PAIRED = (
+    "asked_for",
+    "line",
+    "sample",
+    "target",
+    "target_valid",
+    "candidates",
+    "matched",
+    "rms",
+    "matched_strict",
+    "met",
+)
 NO_TARGET = "no-target"
 _ODD = (ValueError, ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError)  # pymatgen's on odd cells
 
@@ -108,7 +119,10 @@ class MeasureBlock:
             places = range(first[at] - first[0], first[at + 1] - first[0])
             value.update({name: getattr(pairs, name)[start + at] for name in ("asked_for", "line", "sample")})
             value["candidates"] = len(places)
-            nearest, match = self._nearest(crystals[at], targets.crystals, places, value, at, cursor)
+            matches = self._matches(crystals[at], targets.crystals, places, value, at, cursor)
+            nearest = min(matches, key=lambda place: matches[place].rms, default=next(iter(places), None))
+            match = matches.get(nearest) if nearest is not None else None
+            value["met"] = " ".join(f"{candidates[place]}:{met.rms!r}" for place, met in matches.items())
             if nearest is not None:
                 value["target"] = targets.ids[nearest]
                 target_valid = valid[nearest] and charge_balanced(targets.crystals[nearest].atomic_numbers)
@@ -118,14 +132,13 @@ class MeasureBlock:
                 value.update(rms=repr(match.rms), matched_strict=int(match.strict))
         cursor.rest()
 
-    def _nearest(
+    def _matches(
         self, crystal: Crystals, targets: Crystals, places: range, value: dict[str, Any], at: int, cursor: Cursor
-    ) -> tuple[int | None, Match | None]:
-        """The candidate of lowest rms, else the first, and the match; a failure is noted in `value`."""
+    ) -> dict[int, Match]:
+        """The candidates that are matched, by their places; a failure is noted in `value`."""
+        found: dict[int, Match] = {}
         if not places:
             value["reason"] = NO_TARGET
-            return None, None
-        nearest, best = places[0], None
         for place in places:
             cursor.at(at)
             if at in cursor.culprits:
@@ -136,6 +149,6 @@ class MeasureBlock:
             except _ODD as fault:
                 value["reason"] = f"{type(fault).__name__}: {' '.join(str(fault).split())}"[:200]
                 continue
-            if match is not None and (best is None or match.rms < best.rms):
-                nearest, best = place, match
-        return nearest, best
+            if match is not None:
+                found[place] = match
+        return found

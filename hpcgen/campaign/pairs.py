@@ -19,6 +19,9 @@ from hpcgen.store.layout import read_manifest
 from hpcgen.store.read import Store
 
 INDEX = "index"  # column of a campaign
+BY_COMPOSITION = (
+    "by reduced composition and number of atoms, with every such crystal of the reference, the nearest counting"
+)
 
 
 def campaign_of(run: Path) -> CampaignConfig | None:
@@ -109,8 +112,7 @@ def _by_composition(run: Path, reference: Store, count: int) -> _Found:
     known: dict[str, list[int]] = defaultdict(list)
     for at, key in enumerate(_compositions(reference)):
         known[key].append(at)
-    by = "by reduced composition and number of atoms, with every such crystal of the reference, the nearest counting"
-    return by, list(itertools.islice(_compositions(Store(run)), count)) if count else [], known
+    return BY_COMPOSITION, list(itertools.islice(_compositions(Store(run)), count)) if count else [], known
 
 
 def _compositions(store: Store) -> Iterator[str]:
