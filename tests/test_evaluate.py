@@ -28,7 +28,7 @@ from hpcgen.campaign.targets import targets_of
 from hpcgen.config import to_yaml
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
-from hpcgen.metrics.summary import Table, predict_figures, render
+from hpcgen.metrics.summary import Table, condition_figures, predict_figures, render
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
@@ -158,6 +158,29 @@ def test_generate(run: Path, reference: Path, tmp_path: Path) -> None:
     assert (control["of"], control["crystals"]) == ("run", 18) and "real" not in control
     assert 0 <= control["random"]["radii"]["share"] < 1, "coordinates at random"
     assert "random: the cells of 18 of these crystals with" in render(without)
+
+
+def test_what_was_asked_for_beside_what_came(tmp_path: Path) -> None:
+    checkpoint = campaign_jobs.make_checkpoint(tmp_path / "model.pt")
+    campaign_jobs.run(checkpoint, tmp_path / "run", n=4, conditions={"band_gap": 1.5})
+    shown = render(done(Request(tmp_path / "run"), tmp_path / "g.json"))
+    assert "condition     band_gap = 1.5: not screened" in shown
+    found = condition_figures({"a": 2.0, "b": 1.0}, {"a": np.array([1.0, np.nan, 4.0])})
+    assert found["a"] == {"asked": 2.0, "known": 2, "mean_absolute_error": 1.5}
+    assert found["b"]["known"] == 0 and found["b"]["mean_absolute_error"] is None
+
+
+def test_validity_by_size(reference: Path, tmp_path: Path) -> None:
+    """Crystals larger than any of the reference stand apart."""
+    small = store(tmp_path / "small", [known()["fcc"], known()["NaCl"]], ["a", "b"])
+    large = store(tmp_path / "large", [known()["sixty"], known()["NaCl"], known()["fcc"]], ["c", "d", "e"])
+    told = done(Request(large, small, coverage=False), tmp_path / "l.json")
+    parts = told["figures"]["by_num_atoms"]
+    assert [part["atoms"] for part in parts] == [[1, 4], [5, 8], [53, 60]] and told["figures"]["largest_known"] == 8
+    assert [part["valid"]["of"] for part in parts] == [1, 1, 1] and parts[1]["valid"]["count"] == 1
+    shown = render(told)
+    assert "53 to 60 atoms *" in shown and "5 to 8 atoms *" not in shown and "has 8 atoms" in shown
+    assert "has 8 atoms" not in render(done(Request(large, coverage=False), tmp_path / "w.json"))
 
 
 def test_likeness_to_the_reference(run: Path, reference: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpcgen.campaign.config import SUMMARY
 from hpcgen.campaign.describe import Side, describe
 from hpcgen.campaign.likeness import Likeness
@@ -25,6 +27,7 @@ from hpcgen.metrics.summary import (
     DEFINITIONS,
     Table,
     bond_figures,
+    condition_figures,
     generate_figures,
     metre_figures,
     predict_figures,
@@ -142,6 +145,18 @@ def _likeness(request: Request, reference: Store | None, counts: _Counts) -> Lik
     return Likeness(*sides, cut_offs=request.cut_offs, samples=request.samples, seed=request.seed)
 
 
+def _conditions(run: Path, count: int) -> dict[str, Any]:
+    """How near the first `count` crystals are to what the campaign was asked for, if that is known."""
+    campaign = None
+    with suppress(InputError):  # of another version of this package
+        campaign = campaign_of(run)
+    if campaign is None or not campaign.conditions:
+        return {}
+    columns = {name: Store(run).column(name) for name in campaign.conditions if name in read_manifest(run).head.columns}
+    values = {name: np.where(column.missing, np.nan, column.values)[:count] for name, column in columns.items()}
+    return {"conditions": condition_figures(campaign.conditions, values)}
+
+
 def _told(
     request: Request, reference: Store | None, counts: _Counts, work: Path, out: Path, likeness: Likeness | None
 ) -> dict[str, Any]:
@@ -157,7 +172,8 @@ def _told(
         if reference is not None and paired == BY_COMPOSITION:
             figures["metre"] = metre_figures(table, len(reference), Comparison().tolerances.stol)
     else:
-        figures |= generate_figures(table)
+        largest = int(reference.sizes().atoms.max()) if reference is not None else None
+        figures |= generate_figures(table, largest) | _conditions(request.run, counts.written)
     if likeness is not None:
         figures |= likeness.figures(out.parent, table.flag("valid"), counts.asked)
     control = json.loads((work / "control.json").read_text(encoding="utf-8"))

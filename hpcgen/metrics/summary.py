@@ -39,10 +39,13 @@ DEFINITIONS = {
     "first": "sample 0 of each target, which matches nothing if it was rejected, over targets; of a store that is no "
     "campaign's the first one written",
     "best": "targets matched by any of their samples, over targets, and the mean of their lowest rms",
+    "conditions": "mean absolute difference of what was asked for from the column of that name, over crystals with a "
+    "value; without such a column not screened",
     "metre": "crystals of the reference that any prediction of their composition and size matches, over all of the "
     "reference (METRe), and the mean over these of the lowest rms, the tolerance 0.5 where there is no match (cRMSE; "
     "Martirossyan et al. 2025); only with --pair composition",
-    "by_num_atoms": "of the crystals written, rejected ones having no size",
+    "by_num_atoms": "of the crystals written, rejected ones having no size; sizes beyond the largest crystal of the "
+    "reference apart",
     "coverage": "recall: crystals of the reference within both cut-offs of the nearest crystal of the run in structure "
     "and of the nearest in composition, which may be two; precision: crystals of the run likewise, over all asked; "
     "amsd, amcd: mean distances to the nearest in structure and in composition; Euclidean distances of the mean of the "
@@ -118,10 +121,15 @@ def bond_figures(table: Table, asked: int) -> dict[str, Any]:
     return {"sound": _share(sound, bonds), "crystals": _share(int(whole.sum()), asked), "lonely_atoms": lonely}
 
 
-def generate_figures(table: Table) -> dict[str, Any]:
-    """Of free generation. Without a crystal all are 0."""
+def generate_figures(table: Table, largest: int | None = None) -> dict[str, Any]:
+    """Of free generation. Without a crystal all are 0. largest: atoms of a crystal of the reference, at most."""
     sizes = table.num_atoms if len(table) else np.zeros(1, dtype=np.int64)
     return {
+        "by_num_atoms": [
+            {"atoms": atoms, **{name: _share(int(table.flag(name)[some].sum()), len(some)) for name in RULES}}
+            for atoms, some in _by_size(table.num_atoms, largest)
+        ],
+        "largest_known": largest,
         "formulas": len(table.formulas),
         "unique_formulas": _ratio(len(table.formulas), len(table)),
         "num_atoms": {
@@ -131,6 +139,20 @@ def generate_figures(table: Table) -> dict[str, Any]:
             "counts": {str(n): count for n, count in sorted(Counter(table.num_atoms.tolist()).items())},
         },
     }
+
+
+def condition_figures(asked: Mapping[str, float], obtained: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Mean absolute error of each property asked for, over crystals of which it is known.
+
+    obtained: values (N,) of the properties that the run has a column of, nan where one is not known.
+    """
+    figures: dict[str, Any] = {}
+    for name, value in asked.items():
+        known = obtained.get(name, np.zeros(0))
+        known = known[np.isfinite(known)]
+        error = float(np.abs(known - value).mean()) if len(known) else None
+        figures[name] = {"asked": value, "known": len(known), "mean_absolute_error": error}
+    return figures
 
 
 def metre_figures(table: Table, known: int, stol: float) -> dict[str, Any]:
@@ -161,14 +183,22 @@ def predict_figures(
         "match_rate_strict": _share(int(table.flag("matched_strict").sum()), asked),
         **_per_target(table, asked, lines),
         "by_num_atoms": [
-            {
-                "atoms": [low, min(high, int(table.num_atoms.max()))],
-                **_matches(table.rms[some], matched[some], len(some)),
-            }
-            for low, high in BINS
-            if len(some := np.flatnonzero((table.num_atoms >= low) & (table.num_atoms <= high)))
+            {"atoms": atoms, **_matches(table.rms[some], matched[some], len(some))}
+            for atoms, some in _by_size(table.num_atoms)
         ],
     }
+
+
+def _by_size(num_atoms: np.ndarray, largest: int | None = None) -> list[tuple[list[int], np.ndarray]]:
+    """Least and most atoms of each bin with crystals in it, and their places. A bin ends at `largest`."""
+    found = []
+    for low, high in BINS:
+        parts = [(low, high)] if largest is None or not low <= largest < high else [(low, largest), (largest + 1, high)]
+        for least, most in parts:
+            some = np.flatnonzero((num_atoms >= least) & (num_atoms <= most))
+            if len(some):
+                found.append(([least, min(most, int(num_atoms.max()))], some))
+    return found
 
 
 def _ceiling(table: Table, asked: int, lines: int | None, lost: Mapping[int, bool]) -> dict[str, Any]:
@@ -240,6 +270,11 @@ def render(told: Mapping[str, Any]) -> str:
         lines += ["", f"{'formulas':<13} {unique}"]
         if told["written"]:
             lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {atoms['mean']:.2f}")
+            lines += ["", *_size_lines(figures)]
+    for name, part in figures.get("conditions", {}).items():
+        error = part["mean_absolute_error"]
+        told_error = f"off by {error:.3g} on average, {part['known']:,} known" if error is not None else "not screened"
+        lines.append(f"{'condition':<13} {name} = {part['asked']:g}: {told_error}")
     if "coverage" in figures:
         lines += ["", *_likeness_lines(figures)]
     return "\n".join(lines)
@@ -263,6 +298,22 @@ def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | No
         else:
             lines.append(f"random: the cells of {many} of these crystals with {chance}")
     return lines
+
+
+def _size_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Validity by number of atoms."""
+    parts, largest = figures["by_num_atoms"], figures["largest_known"]
+    beyond = [" *" if largest is not None and part["atoms"][0] > largest else "" for part in parts]
+    names = [_sizes_named(part["atoms"]) + mark for part, mark in zip(parts, beyond, strict=True)]
+    columns = [[f"{part['valid']['of']:,}" for part in parts]]
+    columns += [[_percent(part[rule]["share"]) for part in parts] for rule in ("distances", "radii", "valid")]
+    lines = _aligned("of written", names, ["count", "0.5 Å", "radii", "valid"], columns)
+    return lines + ([f"* the largest crystal of the reference has {largest} atoms"] if any(beyond) else [])
+
+
+def _sizes_named(atoms: Sequence[int]) -> str:
+    low, high = atoms
+    return f"{low} to {high} atoms" if low < high else f"{low} atoms"
 
 
 def _bond_line(bonds: Mapping[str, Any], control: Mapping[str, Any] | None) -> str:
@@ -320,8 +371,7 @@ def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
     if k > 1:
         rows += [("first sample of a target", figures["first"]), (f"best of {k} samples", figures["best"])]
     for part in figures["by_num_atoms"]:
-        low, high = part["atoms"]
-        rows.append((f"{low} to {high} atoms", part) if low < high else (f"{low} atoms", part))
+        rows.append((_sizes_named(part["atoms"]), part))
     columns = [
         [f"{part['count']:,}" for _, part in rows],
         [f"{part['of']:,}" for _, part in rows],
