@@ -298,6 +298,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--no-coverage", dest="coverage", action="store_false",
                           help="generate: no fingerprints, so no coverage, no diversity")  # fmt: skip
     evaluate.add_argument("--cut-offs", default="mp20", help="of the coverage: mp20 (default), perov5 or carbon24")
+    evaluate.add_argument("--energy", action="store_true", help="and energies by CHGNet (pip install 'hpcgen[mlip]')")
     evaluate.add_argument("--samples", type=int, default=1000, metavar="N",
                           help="valid crystals whose spread is compared (default: 1000)")  # fmt: skip
     evaluate.set_defaults(run=_evaluate, resumable=True, job=_evaluate_job)
@@ -319,7 +320,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--processes {arguments.processes}: want 0 (work in this very process) or more")
     request = Request(
         arguments.evaluated, arguments.reference, arguments.split, arguments.task, arguments.pair, arguments.limit,
-        arguments.seed, arguments.pair_timeout, arguments.coverage, arguments.cut_offs, arguments.samples,
+        arguments.seed, arguments.pair_timeout, arguments.coverage, arguments.cut_offs, arguments.energy,
+        arguments.samples,
     )  # fmt: skip
     with find_team() as team:
         found = evaluate(request, arguments.json, team, arguments.processes)

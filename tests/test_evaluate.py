@@ -152,7 +152,7 @@ def test_generate(run: Path, reference: Path, tmp_path: Path) -> None:
     assert "real" in shown and "random" in shown and "6 distinct, 33.3 % of written" in shown
     without = done(Request(run), tmp_path / "w.json")
     assert without["figures"].keys() == told["figures"].keys() - {
-        "coverage", "wasserstein", "element_divergence", "symmetry", "diversity", "samples"
+        "coverage", "energy", "wasserstein", "element_divergence", "symmetry", "diversity", "samples"
     }  # fmt: skip
     control = without["control"]
     assert (control["of"], control["crystals"]) == ("run", 18) and "real" not in control
@@ -202,6 +202,10 @@ def test_likeness_to_the_reference(run: Path, reference: Path, tmp_path: Path) -
     assert f"of {valid} valid crystals, 1,000 were asked for" in render(again)
     assert kept == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("described-*.npy")}, "made once"
     assert "coverage" not in done(Request(run, reference, coverage=False), tmp_path / "n.json")["figures"]
+    assert "energy  " not in shown and figures["energy"] == {"potential": "", "known": 0, "mean": None}
+    energy = done(Request(run, reference, energy=True), tmp_path / "e.json")
+    assert energy["figures"]["energy"]["known"] == 18 and energy["figures"]["wasserstein"]["energy"] > 0
+    assert "CHGNet 0.3.0 (chgnet" in render(energy)
 
 
 def test_an_oracle_matches_all_and_reaches_the_ceiling(tmp_path: Path, reference: Path) -> None:
@@ -330,6 +334,7 @@ def test_it_goes_on_where_it_stopped(
         (["--processes", "-1"], 2, "--processes -1"),
         (["--seed", "-1"], 2, "--seed -1"),
         (["--cut-offs", "mp21"], 2, "--cut-offs mp21: want one of mp20, perov5, carbon24"),
+        (["--energy"], 2, "--energy: means nothing without --reference and a coverage"),
         (["--samples", "0"], 2, "--samples 0: want at least 1"),
         (["--pair-timeout", "nan"], 2, "--pair-timeout nan"),
         (["--reference", "/nowhere"], 4, "/nowhere: is no folder"),

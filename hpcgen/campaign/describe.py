@@ -1,4 +1,4 @@
-"""Fingerprint and space group of all crystals of a store, block by block, kept in one file beside the evaluation."""
+"""Fingerprint, space group and energy of all crystals of a store, block by block, in one file beside the evaluation."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.refused import Refused
@@ -16,6 +17,7 @@ from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.worker import Cursor
+from hpcgen.screen.potential import energies
 from hpcgen.store.layout import read_manifest
 from hpcgen.store.read import Store
 
@@ -24,7 +26,7 @@ MOST_BLOCKS = 512
 TOGETHER = 16  # crystals that are searched at once; one by one where that crashed or took too long
 PRELOAD = ("hpcgen.metrics.fingerprints",)
 SYMPREC = 0.1  # Å
-WIDTH = len(FEATURES) + 1
+WIDTH = len(FEATURES) + 2  # and space group, energy
 _RULES = 1  # another number makes all anew
 
 
@@ -35,30 +37,39 @@ class Side:
     store: Path
     split: str | None
     count: int
+    potential: str = ""  # its name and version, if energies are wanted
 
     def name(self) -> str:
         """Of the file that describes them: another one for other crystals."""
         shards = [shard.sha256 for shard in read_manifest(self.store).shards]
-        told = json.dumps([shards, self.split, self.count, SYMPREC, _RULES])
+        told = json.dumps([shards, self.split, self.count, self.potential, SYMPREC, _RULES])
         return f"described-{hashlib.sha256(told.encode()).hexdigest()[:12]}.npy"
 
-    def read(self, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-        """From the file that `describe` wrote: fingerprints (count, 61) float32, nan where a crystal has none, and
-        space groups (count,) int64, 0 where none was found."""
+    def read(self, folder: Path) -> "Described":
+        """What `describe` wrote."""
         values = np.load(folder / self.name(), mmap_mode="r")
-        return values[:, :-1], values[:, -1].astype(np.int64)
+        return Described(values[:, :-2], values[:, -2].astype(np.int64), values[:, -1].astype(np.float64))
+
+
+@dataclass(frozen=True)
+class Described:
+    """N crystals."""
+
+    fingerprints: np.ndarray  # (N, 61) float32, nan where there is none
+    space_groups: np.ndarray  # (N,) int64, 0 where none was found
+    energies: np.ndarray  # (N,) eV/atom, nan where unknown
 
 
 @dataclass(frozen=True)
 class DescribeBlock:
-    """Work of the runner: fingerprints and space groups of the crystals of one block; nan and 0 if there is none."""
+    """Work of the runner: what is known of the crystals of one block; nan, and 0 of a space group, where it is not."""
 
     side: Side
     rows: int
 
     def __call__(self, block: Block, draft: Path, cursor: Cursor) -> dict[str, int | float]:
         start, values = block.index * self.rows, np.full((block.size, WIDTH), np.nan, dtype=np.float32)
-        values[:, -1] = 0
+        values[:, -2] = 0
         crystals = Store(self.side.store, self.side.split, dtype=None, columns=[]).rows(
             range(start, start + block.size)
         ).crystals  # fmt: skip
@@ -67,22 +78,27 @@ class DescribeBlock:
             together = -1 - first  # an item of its own: where it fails, its crystals are tried one by one
             cursor.at(together)
             if together not in cursor.culprits:
-                values[first:last] = _described(crystals[first:last])
+                values[first:last] = _described(crystals[first:last], self.side)
                 continue
             for at in range(first, last):
                 cursor.at(at)
                 if at not in cursor.culprits:
-                    values[at] = _described(crystals[at])
+                    values[at] = _described(crystals[at], self.side)
         cursor.rest()
         with draft.open("wb") as file:
             np.save(file, values)
         return {"fingerprints": int(np.isfinite(values[:, 0]).sum())}
 
 
-def _described(crystals: Crystals) -> np.ndarray:
-    """(B, WIDTH) of B crystals."""
-    groups = [_space_group(crystals[at]) for at in range(len(crystals))]
-    return np.concatenate([fingerprints(crystals).values, np.array(groups)[:, None]], 1)
+def _described(crystals: Crystals, side: Side) -> np.ndarray:
+    """(B, WIDTH) of B crystals. No energy is asked of those too dense for a fingerprint."""
+    values = np.full((len(crystals), WIDTH), np.nan)
+    values[:, :-2] = fingerprints(crystals).values
+    values[:, -2] = [_space_group(crystals[at]) for at in range(len(crystals))]
+    fit = np.flatnonzero(np.isfinite(values[:, 0]))
+    if side.potential and len(fit):
+        values[fit, -1] = energies(crystals[torch.from_numpy(fit)])
+    return values
 
 
 def _space_group(crystal: Crystals) -> int:

@@ -37,6 +37,7 @@ from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team
+from hpcgen.screen.potential import potential_named
 from hpcgen.store.layout import read_manifest
 from hpcgen.store.read import Store
 
@@ -44,7 +45,7 @@ TASKS = ("generate", "predict")
 LATER = ("reconstruct", "optimize")
 CONTROL = 2000  # crystals of the reference that the control looks at
 PRELOAD = ("hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher", "ase.data")
-_VERSIONS = ("hpcgen", "pymatgen", "pymatgen-core", "ase", "torch", "numpy")
+_VERSIONS = ("hpcgen", "pymatgen", "pymatgen-core", "ase", "torch", "numpy", "scipy", "moyopy", "chgnet")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Request:
     pair_timeout_s: float = 60.0  # of a pair to be matched, and of a fingerprint
     coverage: bool = True  # and what else needs fingerprints, of generate with a reference
     cut_offs: str = "mp20"
+    energy: bool = False  # of CHGNet, of every crystal of both
     samples: int = 1000  # valid crystals of which distances of distributions and diversity are taken
 
     def __post_init__(self) -> None:
@@ -75,6 +77,8 @@ class Request:
         ):
             if value is not None and not needed:
                 raise UsageError(f"--{flag} {value}: means nothing {where}")
+        if self.energy and (self.reference is None or not self.coverage):
+            raise UsageError("--energy: means nothing without --reference and a coverage")
         if self.cut_offs not in CUT_OFFS:
             raise UsageError(f"--cut-offs {self.cut_offs}: want one of {', '.join(CUT_OFFS)}")
         if self.samples < 1:
@@ -101,13 +105,13 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
     reference = Store(request.reference, request.split, dtype=None) if request.reference else None
     counts = _counts(request, written)
     making = _making(request, counts)
+    likeness = _likeness(request, reference, counts)
     work = out.with_name(f"{out.stem}.{making['hash']}.work")
     if not work.exists() and (found := _finished(out, making["hash"])) is not None:
         return found if team.rank == 0 else None
     make_folder(work)
     with StopFlag() as stop, Lease.take(work, team) as lease:
         blocks = _measure(request, reference, counts, work, lease, stop, processes)
-        likeness = _likeness(request, reference, counts)
         for side in (likeness.run, likeness.reference) if likeness else ():
             describe(side, out.parent, lease, stop, processes, request.pair_timeout_s)
 
@@ -141,7 +145,9 @@ def _likeness(request: Request, reference: Store | None, counts: _Counts) -> Lik
     """What is asked of the fingerprints, if they are."""
     if reference is None or request.task != "generate" or not request.coverage or not counts.written:
         return None
-    sides = Side(request.run, None, counts.written), Side(reference.path, request.split, len(reference))
+    potential = potential_named() if request.energy else ""
+    run = Side(request.run, None, counts.written, potential)
+    sides = run, Side(reference.path, request.split, len(reference), potential)
     return Likeness(*sides, cut_offs=request.cut_offs, samples=request.samples, seed=request.seed)
 
 

@@ -43,7 +43,8 @@ class Likeness:
 
     def figures(self, folder: Path, valid: np.ndarray, asked: int) -> dict[str, Any]:
         """folder: of the files that describe both; valid (N,) bool: of the run's crystals; asked: crystals."""
-        (own, groups), (known, known_groups) = self.run.read(folder), self.reference.read(folder)
+        ours, theirs = self.run.read(folder), self.reference.read(folder)
+        own, known = ours.fingerprints, theirs.fingerprints
         there, there_known = (np.isfinite(values[:, 0]) for values in (own, known))
         sample = chosen(np.flatnonzero(valid & there), self.samples, self.seed)
         sampled, whole = _Collected(), _Collected()
@@ -63,18 +64,21 @@ class Likeness:
         beside = (known[there_known], whole.features[there_known])
         told = coverage(parts(), beside, asked, CUT_OFFS[self.cut_offs])
         told["without_fingerprint"] = {"run": int((~there).sum()), "reference": int((~there_known).sum())}
+        energy = _finite(ours.energies)
         lengths = lengths_apart(sampled.lengths, whole.lengths)
         most = sorted(lengths, key=lambda pair: (-lengths[pair][1], pair))[:TOLD]
         return {
+            "energy": {"potential": self.run.potential, "known": len(energy), "mean": _mean(energy)},
             "coverage": told | {"reference": int(there_known.sum())},
             "wasserstein": {
                 "density": earth_movers(sampled.density, whole.density),
                 "num_elements": earth_movers(sampled.num_elements, whole.num_elements),
+                "energy": earth_movers(_finite(ours.energies[sample]), _finite(theirs.energies)),
                 "bond_lengths": _weighed([lengths[pair][:2] for pair in lengths]),
                 "of_pairs": {_named(pair): lengths[pair][0] for pair in most},
             },
             "element_divergence": element_divergence(sampled.elements, whole.elements),
-            "symmetry": {"symprec": SYMPREC} | symmetry_figures(groups, known_groups),
+            "symmetry": {"symprec": SYMPREC} | symmetry_figures(ours.space_groups, theirs.space_groups),
             "diversity": {"structure": diversity(own[sample]), "composition": diversity(sampled.features)},
             "samples": {"taken": len(sample), "asked": self.samples, "seed": self.seed},
         }
@@ -107,6 +111,14 @@ class _Collected:
     @property
     def features(self) -> np.ndarray:
         return np.concatenate([part[2] for part in self._parts])
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def _weighed(lengths: list[tuple[float, int]]) -> float | None:

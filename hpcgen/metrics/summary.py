@@ -50,9 +50,12 @@ DEFINITIONS = {
     "and of the nearest in composition, which may be two; precision: crystals of the run likewise, over all asked; "
     "amsd, amcd: mean distances to the nearest in structure and in composition; Euclidean distances of the mean of the "
     "sites' CrystalNN fingerprints (matminer's preset ops) and of Magpie features scaled as in CDVAE",
-    "wasserstein": "distances of the samples to the whole reference, of density in g/cm³ and of the number "
-    "of elements (CDVAE), and of the bond lengths in Å of each pair of elements with 10 bonds on both sides, their "
-    "mean over the bonds of the samples (of a reference of more than 10,000 crystals, bonds of so many)",
+    "wasserstein": "distances of the samples to the whole reference, of density in g/cm³, of the number "
+    "of elements and of the energy in eV/atom (CDVAE), and of the bond lengths in Å of each pair of elements with 10 "
+    "bonds on both sides, their mean over the bonds of the samples (of a reference of more than 10,000 "
+    "crystals, bonds of so many)",
+    "energy": "of the crystals as they are, by the potential named; not of those without a fingerprint or with "
+    "elements that the potential does not know",
     "element_divergence": "Kullback–Leibler divergence of the elements of the samples' atoms from those of the "
     "reference, in nats, half an atom of each element added on both sides",
     "symmetry": "space groups within symprec Å (moyo): the share beyond P1, and Jensen-Shannon divergences from the "
@@ -341,10 +344,18 @@ def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
         f"{'apart':<13} density {_number(apart['density'])} g/cm³, elements {_number(apart['num_elements'])}",
         f"{'':<13} bond lengths {_number(apart['bond_lengths'])} Å; "
         f"element divergence {_number(figures['element_divergence'])}",
+        *_energy_lines(figures["energy"], apart["energy"]),
         _symmetry_line(figures["symmetry"]),
         f"{'diversity':<13} structures {_number(spread['structure'])}, compositions {_number(spread['composition'])}",
         f"{'':<13} of {samples['taken']:,} valid crystals{few}, seed {samples['seed']}",
     ]  # fmt: skip
+
+
+def _energy_lines(energy: Mapping[str, Any], apart: float | None) -> list[str]:
+    if not energy["potential"]:
+        return []
+    told = f"{_number(energy['mean'])} eV/atom on average, {_number(apart)} from the reference"
+    return [f"{'energy':<13} {told}; {energy['potential']}, unrelaxed, {energy['known']:,} crystals"]
 
 
 def _symmetry_line(symmetry: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""What interatomic potentials say of crystals."""
