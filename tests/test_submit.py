@@ -11,7 +11,7 @@ import pytest
 
 from hpcgen.cli import main
 from hpcgen.config import load_config
-from hpcgen.launch.sbatch import ENDING, Job, render
+from hpcgen.launch.sbatch import ENDING, OPENING, Job, render
 from hpcgen.launch.site import Site, read_site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +58,9 @@ def test_all_scripts_pass_shellcheck() -> None:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_for_people_end_as_rendered_ones_do(script: Path) -> None:
-    assert script.read_text().endswith(ENDING) and os.access(script, os.X_OK)
+def test_scripts_for_people_begin_and_end_as_rendered_ones_do(script: Path) -> None:
+    text = script.read_text()
+    assert OPENING in text and text.endswith(ENDING) and os.access(script, os.X_OK)
 
 
 def test_the_profile_that_comes_along_is_whole() -> None:
@@ -178,6 +179,30 @@ def test_how_the_script_ends(
     done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=20)
     asked = (tmp_path / "asked").read_text().split() if (tmp_path / "asked").exists() else []
     assert (done.returncode, asked) == ((99, ["17_4"] * 2) if queued else (ends, [])), done.stdout + done.stderr
+
+
+def test_where_there_is_no_scontrol_the_log_says_what_that_means(tmp_path: Path) -> None:
+    (tmp_path / "seq").symlink_to(shutil.which("seq") or "")
+    text = f'PATH={tmp_path}; HPCGEN_FAILED=failed; job=17; code=75; sleep() {{ echo "waits $1"; }}\n{ENDING}'
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 75 and done.stderr.count("scontrol: command not found") == 1
+    said = done.stdout.splitlines()
+    assert said[0] == "hpcgen: scontrol does not answer, so job 17 cannot ask to be queued again"
+    assert said[1].endswith("the same command goes on from here") and said[2:] == ["waits 300"], "Slurm may preempt it"
+
+
+def test_a_job_without_a_log_says_so_where_it_can(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "made" / "submit" / "train-17.log").mkdir(parents=True)  # a name that cannot be opened
+    rendered = tmp_path / "rendered.sh"
+    rendered.write_text(render(Job("train", "name", tmp_path / "file" / "run", ["true"], read_site(None, []))))
+    env = {**os.environ, "SLURM_JOB_ID": "17", "HOME": str(tmp_path)}
+    for script, run in ((rendered, "file/run"), (ROOT / "slurm" / "train_mp20.sh", "made")):
+        told = {**env, "HPCGEN_RUN": str(tmp_path / run)}
+        done = subprocess.run(["bash", str(script)], env=told, capture_output=True, text=True, timeout=20)
+        sentence = done.stderr.splitlines()[-1]
+        assert done.returncode == 7 and f"{run}/submit/train-17.log cannot be written on" in sentence
+        assert sentence in (tmp_path / "hpcgen-17.log").read_text().splitlines()
 
 
 # ---- a scheduler that answers strangely: only a stand-in does -----------------------------------------------------
