@@ -5,14 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from hpcgen.cli import main
 from hpcgen.config import load_config
+from hpcgen.files import read_json_lines
 from hpcgen.launch.sbatch import ENDING, OPENING, Job, render
 from hpcgen.launch.site import Site, read_site
+from hpcgen.runner.events import EVENTS, code_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "data" / "sbatch"
@@ -243,6 +246,57 @@ def test_a_job_is_queued_and_recorded(slurm: Path, tmp_path: Path, capsys: pytes
     script = (slurm / "queued.sh").read_text()
     assert f"-m submitit.core._submit {folder}" in script and "wckey" not in script
     assert (folder / "41_submitted.pkl").stat().st_size < 1000
+
+
+def test_what_changed_in_the_queue_is_told_and_kept(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(slurm, "squeue", "exit 0")
+    say(slurm, "sbatch", "echo 41")
+    config, record = tmp_path / "c.yaml", tmp_path / "run" / "submit" / "train.json"
+    config.write_text("steps: 5\n")
+    (tmp_path / "store").mkdir()
+    assert main(["submit", "train", str(config), "store=store", "out=run"]) == 0
+    told = json.loads(record.read_text())
+    assert told["code"] == code_digest() and list(told["files"]) == [str(config)]
+    told["command"] = [sys.executable, "-c", "print('begun')"]
+
+    def begin(**more: str) -> str:
+        """What a task says, started as the batch script does it."""
+        place = {"SLURM_JOB_ID": "41", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+                 "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}  # fmt: skip
+        env = {**os.environ, "SUBMITIT_EXECUTOR": "slurm", "PYTHONPATH": str(ROOT), **place, **more}
+        start = [sys.executable, "-m", "submitit.core._submit", str(record.parent)]
+        done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "begun" in done.stdout, done.stderr
+        return done.stderr
+
+    record.write_text(json.dumps(told))
+    assert begin() == "" and [event["event"] for event in read_json_lines(tmp_path / "run" / EVENTS)] == ["submit"]
+    config.write_text("steps: 6\n")
+    record.write_text(json.dumps({**told, "code": "0123456789ab"}))
+    assert begin(SLURM_PROCID="1") == "", "the first task says it for all"
+    said = begin()
+    assert f"the code of hpcgen is not as it was at `hpcgen submit` (0123456789ab, now {code_digest()})" in said
+    assert f"{config} is not as it was at `hpcgen submit` ({told['files'][str(config)]}, now " in said
+    changes = read_json_lines(tmp_path / "run" / EVENTS)[1:]
+    assert [(event["event"], event["what"]) for event in changes] == [
+        ("changed", "the code of hpcgen"), ("changed", str(config))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "known"), [((), True), (("--set", "python=/opt/python"), False)])
+def test_a_run_folder_that_other_nodes_do_not_see_is_told(
+    slurm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, words: tuple[str, ...], known: bool
+) -> None:
+    say(slurm, "squeue", "exit 0")
+    say(slurm, "sbatch", "echo 41")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert main(["submit", "campaign", "--n", "8", "--out", f"{folder}/run", *words]) == 0
+        (told,) = [line for line in caplog.messages if "nodes" in line]
+        assert told.startswith(f"{folder}/run is on ") and "of this node alone: want a run folder that" in told
+        record = json.loads(Path(f"{folder}/run/submit/campaign.json").read_text())
+        assert bool(record["code"]) == known, "the code of another interpreter is not known here"
 
 
 def test_a_job_that_was_queued_in_spite_of_an_error_is_found(

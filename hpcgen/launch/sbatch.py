@@ -67,6 +67,7 @@ class Job:
     command: list[str]  # of one task, interpreter and all
     site: Site
     after: str = ""  # jobs that must have ended well before, as 17 or 17:18
+    files: Sequence[Path] = ()  # that it reads
 
     @property
     def folder(self) -> Path:
