@@ -141,6 +141,25 @@ def test_a_rank_that_does_not_come_is_named(store: Path, tmp_path: Path, stopped
         assert "rank 0 of 3 does not answer" in said
 
 
+HANGS = [(1, "sleep"), (1, "lock"), pytest.param(0, "sleep", marks=pytest.mark.bench)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "hang"), HANGS)
+def test_a_rank_that_hangs_shows_where(store: Path, tmp_path: Path, rank: int, hang: str) -> None:
+    ranks = start(2, store, tmp_path, "timeout_s=8", toy={"hang_at": 3, "hang": hang, "rank": rank})
+    try:
+        assert ranks[0].wait(90) == 3
+        if hang == "sleep":
+            assert ranks[1].wait(20) == 3
+    finally:
+        for left in ranks:
+            left.kill()
+    said = [left.communicate()[1] for left in ranks]
+    assert f"rank {rank} of 2 on {os.uname().nodename} keeps the others waiting" in said[0]
+    assert "in _misbehave" in said[rank] and "in _misbehave" not in said[1 - rank]
+
+
 def test_who_keeps_the_others_waiting() -> None:
     def seen(**doing: tuple[int, str]) -> dict[int, Seen]:
         return {int(rank[1:]): Seen(7, of, f"n{rank[1:]}", 95.0, 40.0) for rank, of in doing.items()}
@@ -154,6 +173,10 @@ def test_who_keeps_the_others_waiting() -> None:
     behind = seen(r0=(5, "computing"), r1=(5, "reading"), r2=(5, "computing"), r3=(5, "reading"))
     assert name_late(behind, 100.0, 60.0, 10.0) == (
         "rank 1 of 4 on n1 keeps the others waiting: reading in step 5 for 60 s, and 1 more (3)", 1
+    )  # fmt: skip
+    within = seen(r0=(5, "summing"), r1=(5, "computing"))
+    assert name_late(within, 100.0, 60.0, 10.0) == (
+        "rank 1 of 2 on n1 keeps the others waiting: computing in step 5 for 60 s", 1
     )  # fmt: skip
     late = name_late(seen(r0=(5, "saving"), r1=(5, "reading")), 100.0, 60.0, 10.0)
     assert late == ("rank 0 of 2 on n0 keeps the others waiting: saving in step 5 for 60 s", 0)

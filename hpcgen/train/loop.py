@@ -158,6 +158,8 @@ def backward(
             try:
                 with _autocast(config, ranks):
                     told = shared(batch, draw)
+                if last:
+                    ranks.at("summing", step)  # DDP does so as the gradients come
                 state.scaler.scale(told["loss"] * (part * ranks.world)).backward()  # DDP divides the sum by world
             except Exception as fault:
                 if _no_compiler(fault):
