@@ -1,6 +1,7 @@
 """Training stopped, killed, damaged or badly asked for: one clear sentence, the right exit code, nothing lost."""
 
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -222,6 +224,35 @@ def test_the_command_ends_with_75_and_goes_on_after_a_kill(store: Path, tmp_path
     codes, said = job(1, store, parts)
     assert codes == [0] and "going on from step 8" in said and "taking over from a dead run" in said
     assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_a_rank_with_workers(store: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with pytest.raises(StoppedEarly, match=number.name):
+        run(store, tmp_path / "parts", "workers=2", toy={"signal_at": 4, "signal": int(number)})
+    assert multiprocessing.active_children() == []
+    run(store, tmp_path / "parts", "workers=2")
+    run(store, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_signal_to_ranks_and_their_workers(store: Path, tmp_path: Path) -> None:
+    """As Slurm sends it: to every process of the step."""
+    parts, words = tmp_path / "parts", ("workers=2", "steps=16")
+    ranks = start(2, store, parts, *words, toy={"step_s": 0.2})
+    until_it_trains(parts)
+    workers: list[psutil.Process] = []
+    while len(workers) < 4:  # each epoch has its own
+        workers = [child for rank in ranks for child in psutil.Process(rank.pid).children()]
+    for process in [*ranks, *workers]:
+        process.send_signal(signal.SIGTERM)
+    assert [rank.wait(60) for rank in ranks] == [75, 75]
+    assert psutil.wait_procs(workers, timeout=4)[1] == [], "they live on"
+    assert "Traceback" not in ended(ranks)[1]
+    for out in (parts, tmp_path / "whole"):
+        assert job(2, store, out, *words)[0] == [0, 0]
+    assert_same_run(tmp_path / "whole", parts)
 
 
 @pytest.mark.slow
@@ -485,6 +516,25 @@ def test_a_full_disk_ends_with_7_and_more_room_finishes_it(store: Path, tmp_path
     run(store, small_disk / "run", *words)
     run(store, tmp_path / "whole", *words)
     assert_same_run(tmp_path / "whole", small_disk / "run")
+
+
+def test_too_little_room_for_the_next_checkpoint_leaves_the_last_one(
+    store: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    out, words = small_disk / "run", ("save_every_steps=5", "keep=1")
+    with pytest.raises(StoppedEarly):
+        run(store, out, *words, toy={"signal_at": 4})
+    (file,) = (out / "checkpoints").iterdir()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - file.stat().st_size + 4096))
+    with pytest.raises(StorageError, match="step-00000010.pt: cannot write .No space left"):
+        run(store, out, *words)
+    assert list((out / "checkpoints").iterdir()) == [file] and not list(out.rglob("*.draft"))
+    filler.unlink()
+    run(store, out, *words)
+    assert "step-00000005.pt" in read_json_lines(out / "events.jsonl")[-2]["resumed"]
+    run(store, tmp_path, *words)
+    assert_same_run(tmp_path, out)
 
 
 @pytest.mark.slow
