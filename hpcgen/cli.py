@@ -173,7 +173,7 @@ def _train_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]]:
     from hpcgen.train.config import TrainConfig, load
 
     config = load(TrainConfig, arguments.config, arguments.overrides)
-    return Path(config.out), [config.store, config.init]
+    return Path(config.out), [arguments.config, config.store, config.init]
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -391,7 +391,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     site = read_site(arguments.site, arguments.set)
     run, needs, words = _submitted(arguments.verb, arguments.command)
     command = [site.python or sys.executable, "-u", *words]
-    job = Job(arguments.verb, new_name(arguments.verb), run.absolute(), command, site, arguments.after)
+    job = Job(arguments.verb, new_name(arguments.verb), run.absolute(), command, site, arguments.after, needs)
     if arguments.dry_run:
         print(render(job), end="")
         return DONE
@@ -415,7 +415,7 @@ def _submitted(verb: str, words: list[str]) -> tuple[Path, list[Path], list[str]
         raise UsageError(f"submit preprocess {script}: want a script, as preprocess/mp20.py, and what it takes")
     out = _Parser(prog=str(script), add_help=False, allow_abbrev=False)
     out.add_argument("--out", type=Path, required=True)
-    return out.parse_known_args(words[1:])[0].out, [], [str(script.absolute()), *words[1:]]
+    return out.parse_known_args(words[1:])[0].out, [script], [str(script.absolute()), *words[1:]]
 
 
 def _add_status(verbs: argparse._SubParsersAction) -> None:

@@ -35,9 +35,11 @@ CAMPAIGN = {"n": 48, "tile": 16, "block": 16}
 
 @pytest.fixture
 def no_slurm(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH of one empty folder, for scripts that answer as squeue and sacct."""
+    """A PATH of one empty folder, for scripts that answer as squeue and sacct, asked every time."""
     tools = tmp_path_factory.mktemp("tools")
     monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tools / "cache"))
+    monkeypatch.setattr("hpcgen.launch.slurm._KEPT_S", 0.0)
     return tools
 
 
@@ -338,6 +340,32 @@ def test_slurm_is_not_asked_while_somebody_beats(tmp_path: Path, no_slurm: Path)
     status = told(tmp_path)
     assert (status.state, status.squeue, status.sacct) == ("running", "unneeded", "unneeded")
     assert not asked(no_slurm, "squeue") and not asked(no_slurm, "sacct")
+
+
+@pytest.mark.parametrize("cache", ["cache", "file/cache"], ids=["kept", "no place to keep it"])
+def test_slurm_is_asked_once_by_those_who_watch(
+    tmp_path: Path, no_slurm: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    monkeypatch.setattr("hpcgen.launch.slurm._KEPT_S", 30.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_slurm / cache))
+    (no_slurm / "file").touch()
+    trained(tmp_path, began(100.0), began(200.0, restart=1), stopped(300.0))
+    answer(no_slurm, "sacct", "2026-11-20T15:00:00|17|NODE_FAIL|0:0\n")
+
+    def questions(says: str, state: str) -> int:
+        """Those to squeue when status is asked three times."""
+        before = len(asked(no_slurm, "squeue"))
+        answer(no_slurm, "squeue", says)
+        assert [told(tmp_path).state for _ in range(3)] == [state] * 3
+        return len(asked(no_slurm, "squeue")) - before
+
+    keeps = cache == "cache"
+    assert questions("17|RUNNING|2026-11-20T15:00:00|None\n", "running") == 3, "that will change soon"
+    assert questions("17|PENDING|2026-11-21T15:00:00|BeginTime\n", "queued") == (1 if keeps else 3)
+    assert len(asked(no_slurm, "sacct")) == (1 if keeps else 6)
+    log(tmp_path, {"time": time.time() + 1, "event": "submit", "verb": "train", "job": "17"})
+    assert questions("17|RUNNING|2026-11-20T15:00:00|None\n", "running") == 3, "the run has told more since"
+    assert len(list(no_slurm.rglob("slurm.json*"))) == keeps
 
 
 def test_sacct_says_how_silent_launches_ended(tmp_path: Path, no_slurm: Path) -> None:

@@ -5,14 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from hpcgen.cli import main
 from hpcgen.config import load_config
-from hpcgen.launch.sbatch import ENDING, Job, render
+from hpcgen.files import read_json_lines
+from hpcgen.launch.sbatch import ENDING, OPENING, Job, render
 from hpcgen.launch.site import Site, read_site
+from hpcgen.runner.events import EVENTS, code_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "data" / "sbatch"
@@ -58,8 +61,9 @@ def test_all_scripts_pass_shellcheck() -> None:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "slurm").glob("*.sh")), ids=lambda path: path.name)
-def test_scripts_for_people_end_as_rendered_ones_do(script: Path) -> None:
-    assert script.read_text().endswith(ENDING) and os.access(script, os.X_OK)
+def test_scripts_for_people_begin_and_end_as_rendered_ones_do(script: Path) -> None:
+    text = script.read_text()
+    assert OPENING in text and text.endswith(ENDING) and os.access(script, os.X_OK)
 
 
 def test_the_profile_that_comes_along_is_whole() -> None:
@@ -180,6 +184,30 @@ def test_how_the_script_ends(
     assert (done.returncode, asked) == ((99, ["17_4"] * 2) if queued else (ends, [])), done.stdout + done.stderr
 
 
+def test_where_there_is_no_scontrol_the_log_says_what_that_means(tmp_path: Path) -> None:
+    (tmp_path / "seq").symlink_to(shutil.which("seq") or "")
+    text = f'PATH={tmp_path}; HPCGEN_FAILED=failed; job=17; code=75; sleep() {{ echo "waits $1"; }}\n{ENDING}'
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 75 and done.stderr.count("scontrol: command not found") == 1
+    said = done.stdout.splitlines()
+    assert said[0] == "hpcgen: scontrol does not answer, so job 17 cannot ask to be queued again"
+    assert said[1].endswith("the same command goes on from here") and said[2:] == ["waits 300"], "Slurm may preempt it"
+
+
+def test_a_job_without_a_log_says_so_where_it_can(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "made" / "submit" / "train-17.log").mkdir(parents=True)  # a name that cannot be opened
+    rendered = tmp_path / "rendered.sh"
+    rendered.write_text(render(Job("train", "name", tmp_path / "file" / "run", ["true"], read_site(None, []))))
+    env = {**os.environ, "SLURM_JOB_ID": "17", "HOME": str(tmp_path)}
+    for script, run in ((rendered, "file/run"), (ROOT / "slurm" / "train_mp20.sh", "made")):
+        told = {**env, "HPCGEN_RUN": str(tmp_path / run)}
+        done = subprocess.run(["bash", str(script)], env=told, capture_output=True, text=True, timeout=20)
+        sentence = done.stderr.splitlines()[-1]
+        assert done.returncode == 7 and f"{run}/submit/train-17.log cannot be written on" in sentence
+        assert sentence in (tmp_path / "hpcgen-17.log").read_text().splitlines()
+
+
 # ---- a scheduler that answers strangely: only a stand-in does -----------------------------------------------------
 
 
@@ -218,6 +246,57 @@ def test_a_job_is_queued_and_recorded(slurm: Path, tmp_path: Path, capsys: pytes
     script = (slurm / "queued.sh").read_text()
     assert f"-m submitit.core._submit {folder}" in script and "wckey" not in script
     assert (folder / "41_submitted.pkl").stat().st_size < 1000
+
+
+def test_what_changed_in_the_queue_is_told_and_kept(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(slurm, "squeue", "exit 0")
+    say(slurm, "sbatch", "echo 41")
+    config, record = tmp_path / "c.yaml", tmp_path / "run" / "submit" / "train.json"
+    config.write_text("steps: 5\n")
+    (tmp_path / "store").mkdir()
+    assert main(["submit", "train", str(config), "store=store", "out=run"]) == 0
+    told = json.loads(record.read_text())
+    assert told["code"] == code_digest() and list(told["files"]) == [str(config)]
+    told["command"] = [sys.executable, "-c", "print('begun')"]
+
+    def begin(**more: str) -> str:
+        """What a task says, started as the batch script does it."""
+        place = {"SLURM_JOB_ID": "41", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+                 "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1"}  # fmt: skip
+        env = {**os.environ, "SUBMITIT_EXECUTOR": "slurm", "PYTHONPATH": str(ROOT), **place, **more}
+        start = [sys.executable, "-m", "submitit.core._submit", str(record.parent)]
+        done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "begun" in done.stdout, done.stderr
+        return done.stderr
+
+    record.write_text(json.dumps(told))
+    assert begin() == "" and [event["event"] for event in read_json_lines(tmp_path / "run" / EVENTS)] == ["submit"]
+    config.write_text("steps: 6\n")
+    record.write_text(json.dumps({**told, "code": "0123456789ab"}))
+    assert begin(SLURM_PROCID="1") == "", "the first task says it for all"
+    said = begin()
+    assert f"the code of hpcgen is not as it was at `hpcgen submit` (0123456789ab, now {code_digest()})" in said
+    assert f"{config} is not as it was at `hpcgen submit` ({told['files'][str(config)]}, now " in said
+    changes = read_json_lines(tmp_path / "run" / EVENTS)[1:]
+    assert [(event["event"], event["what"]) for event in changes] == [
+        ("changed", "the code of hpcgen"), ("changed", str(config))
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "known"), [((), True), (("--set", "python=/opt/python"), False)])
+def test_a_run_folder_that_other_nodes_do_not_see_is_told(
+    slurm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, words: tuple[str, ...], known: bool
+) -> None:
+    say(slurm, "squeue", "exit 0")
+    say(slurm, "sbatch", "echo 41")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert main(["submit", "campaign", "--n", "8", "--out", f"{folder}/run", *words]) == 0
+        (told,) = [line for line in caplog.messages if "nodes" in line]
+        assert told.startswith(f"{folder}/run is on ") and "of this node alone: want a run folder that" in told
+        record = json.loads(Path(f"{folder}/run/submit/campaign.json").read_text())
+        assert bool(record["code"]) == known, "the code of another interpreter is not known here"
 
 
 def test_a_job_that_was_queued_in_spite_of_an_error_is_found(

@@ -1,6 +1,7 @@
 """Training stopped, killed, damaged or badly asked for: one clear sentence, the right exit code, nothing lost."""
 
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -141,6 +143,25 @@ def test_a_rank_that_does_not_come_is_named(store: Path, tmp_path: Path, stopped
         assert "rank 0 of 3 does not answer" in said
 
 
+HANGS = [(1, "sleep"), (1, "lock"), pytest.param(0, "sleep", marks=pytest.mark.bench)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "hang"), HANGS)
+def test_a_rank_that_hangs_shows_where(store: Path, tmp_path: Path, rank: int, hang: str) -> None:
+    ranks = start(2, store, tmp_path, "timeout_s=8", toy={"hang_at": 3, "hang": hang, "rank": rank})
+    try:
+        assert ranks[0].wait(90) == 3
+        if hang == "sleep":
+            assert ranks[1].wait(20) == 3
+    finally:
+        for left in ranks:
+            left.kill()
+    said = [left.communicate()[1] for left in ranks]
+    assert f"rank {rank} of 2 on {os.uname().nodename} keeps the others waiting" in said[0]
+    assert "in _misbehave" in said[rank] and "in _misbehave" not in said[1 - rank]
+
+
 def test_who_keeps_the_others_waiting() -> None:
     def seen(**doing: tuple[int, str]) -> dict[int, Seen]:
         return {int(rank[1:]): Seen(7, of, f"n{rank[1:]}", 95.0, 40.0) for rank, of in doing.items()}
@@ -154,6 +175,10 @@ def test_who_keeps_the_others_waiting() -> None:
     behind = seen(r0=(5, "computing"), r1=(5, "reading"), r2=(5, "computing"), r3=(5, "reading"))
     assert name_late(behind, 100.0, 60.0, 10.0) == (
         "rank 1 of 4 on n1 keeps the others waiting: reading in step 5 for 60 s, and 1 more (3)", 1
+    )  # fmt: skip
+    within = seen(r0=(5, "summing"), r1=(5, "computing"))
+    assert name_late(within, 100.0, 60.0, 10.0) == (
+        "rank 1 of 2 on n1 keeps the others waiting: computing in step 5 for 60 s", 1
     )  # fmt: skip
     late = name_late(seen(r0=(5, "saving"), r1=(5, "reading")), 100.0, 60.0, 10.0)
     assert late == ("rank 0 of 2 on n0 keeps the others waiting: saving in step 5 for 60 s", 0)
@@ -199,6 +224,35 @@ def test_the_command_ends_with_75_and_goes_on_after_a_kill(store: Path, tmp_path
     codes, said = job(1, store, parts)
     assert codes == [0] and "going on from step 8" in said and "taking over from a dead run" in said
     assert_same_run(whole, parts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_a_rank_with_workers(store: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with pytest.raises(StoppedEarly, match=number.name):
+        run(store, tmp_path / "parts", "workers=2", toy={"signal_at": 4, "signal": int(number)})
+    assert multiprocessing.active_children() == []
+    run(store, tmp_path / "parts", "workers=2")
+    run(store, tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_a_signal_to_ranks_and_their_workers(store: Path, tmp_path: Path) -> None:
+    """As Slurm sends it: to every process of the step."""
+    parts, words = tmp_path / "parts", ("workers=2", "steps=16")
+    ranks = start(2, store, parts, *words, toy={"step_s": 0.2})
+    until_it_trains(parts)
+    workers: list[psutil.Process] = []
+    while len(workers) < 4:  # each epoch has its own
+        workers = [child for rank in ranks for child in psutil.Process(rank.pid).children()]
+    for process in [*ranks, *workers]:
+        process.send_signal(signal.SIGTERM)
+    assert [rank.wait(60) for rank in ranks] == [75, 75]
+    assert psutil.wait_procs(workers, timeout=4)[1] == [], "they live on"
+    assert "Traceback" not in ended(ranks)[1]
+    for out in (parts, tmp_path / "whole"):
+        assert job(2, store, out, *words)[0] == [0, 0]
+    assert_same_run(tmp_path / "whole", parts)
 
 
 @pytest.mark.slow
@@ -462,6 +516,25 @@ def test_a_full_disk_ends_with_7_and_more_room_finishes_it(store: Path, tmp_path
     run(store, small_disk / "run", *words)
     run(store, tmp_path / "whole", *words)
     assert_same_run(tmp_path / "whole", small_disk / "run")
+
+
+def test_too_little_room_for_the_next_checkpoint_leaves_the_last_one(
+    store: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    out, words = small_disk / "run", ("save_every_steps=5", "keep=1")
+    with pytest.raises(StoppedEarly):
+        run(store, out, *words, toy={"signal_at": 4})
+    (file,) = (out / "checkpoints").iterdir()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - file.stat().st_size + 4096))
+    with pytest.raises(StorageError, match="step-00000010.pt: cannot write .No space left"):
+        run(store, out, *words)
+    assert list((out / "checkpoints").iterdir()) == [file] and not list(out.rglob("*.draft"))
+    filler.unlink()
+    run(store, out, *words)
+    assert "step-00000005.pt" in read_json_lines(out / "events.jsonl")[-2]["resumed"]
+    run(store, tmp_path, *words)
+    assert_same_run(tmp_path, out)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A small model and store for the tests of training, and their command: `python train_jobs.py key=value …`."""
 
+import ctypes
 import json
 import logging
 import os
@@ -51,6 +52,8 @@ class Mischief:
     signal: int = int(signal.SIGTERM)
     rank: int = -1  # to this rank; -1: all ranks
     broken_at: int = -1  # an InputError in this step on that rank
+    hang_at: int = -1  # in this step that rank hangs,
+    hang: str = "sleep"  # or "lock": with the interpreter's lock, as in HDF5
     step_s: float = 0.0
     trace: str = ""  # folder: one line for each share
 
@@ -123,6 +126,8 @@ class Toy(nn.Module):
             os.kill(os.getpid(), plan.signal)
         if batch.step == plan.broken_at and plan.rank in (-1, rank):
             raise InputError("a broken shard")
+        if batch.step == plan.hang_at and plan.rank in (-1, rank):
+            {"sleep": time.sleep, "lock": ctypes.PyDLL(None).sleep}[plan.hang](600)
         time.sleep(plan.step_s)
 
 

@@ -80,6 +80,11 @@ class Folder:
         return {}
 
     @property
+    def newest(self) -> float:
+        """Time of the newest event, in seconds since the epoch."""
+        return max((number_of(event, "time") for event in self.events), default=0.0)
+
+    @property
     def beating(self) -> list[dict[str, Any]]:
         """Heartbeats of processes that live."""
         return [b for b in self.beats if not b["gone"] and b["age_s"] <= MISSED_BEATS * (number_of(b, "beat_s") or 5.0)]

@@ -9,6 +9,13 @@ from pathlib import Path
 from hpcgen.launch.site import Site
 
 FOLDER = "submit"  # of a run folder: a record for each verb, logs, and what submitit keeps
+OPENING = """\
+if ! { mkdir -p "${log%/*}" && exec >> "$log" 2>&1; }; then
+    echo "hpcgen: $log cannot be written on $(hostname): want a run folder that all nodes see, with space in it" |
+        tee -a "$HOME/hpcgen-$SLURM_JOB_ID.log" >&2 # a place where it may be found
+    exit 7
+fi
+"""
 # Measured with Slurm 22.05: a preemption, the --signal before the end and `scancel` reach the tasks; srun and the
 # script go on. A job that leaves with 75 within its grace time is recorded as failed, one with 0 as completed: neither
 # is queued again. One that asks for it after `scancel` would come back: by then it is COMPLETING. Of the codes of its
@@ -24,6 +31,7 @@ fi
 # 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
 for _ in $(seq 20); do # the controller may be away for a while
     state=$(scontrol show job "$job") && break
+    command -v scontrol > /dev/null || break # there is none
     sleep 15
 done
 case "$code $state" in
@@ -39,8 +47,9 @@ case "$code $state" in
     echo "hpcgen: job $job could not be queued again; the same command goes on from here"
     ;;
 "$code ")
-    echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
-    sleep 300
+    echo "hpcgen: scontrol does not answer, so job $job cannot ask to be queued again"
+    echo "hpcgen: if it is preempted, Slurm itself does so; if not, the same command goes on from here"
+    sleep 300 # one that leaves before its preemption ends it would count as failed
     ;;
 *) echo "hpcgen: job $job was cancelled; the same command goes on from here" ;;
 esac
@@ -58,6 +67,7 @@ class Job:
     command: list[str]  # of one task, interpreter and all
     site: Site
     after: str = ""  # jobs that must have ended well before, as 17 or 17:18
+    files: Sequence[Path] = ()  # that it reads
 
     @property
     def folder(self) -> Path:
@@ -91,9 +101,8 @@ def render(job: Job, command: str = "") -> str:
         *(_directive(name, value) for name, value in flags.items()),
         "",
         "# The log goes on after a requeue. The script opens it itself: Slurm does not make folders.",
-        f"mkdir -p {logs} || exit 7",
-        f'exec >> {logs}/{job.verb}-"$SLURM_JOB_ID".log 2>&1',
-        "",
+        f'log={logs}/{job.verb}-"$SLURM_JOB_ID".log',
+        OPENING,
         *_block("# The site's own lines.", site.setup),
         *_block("", [f"export {name}={shlex.quote(value)}" for name, value in _environment(job).items()]),
         'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',

@@ -4,11 +4,17 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
 
 from hpcgen.errors import SiteError
+from hpcgen.runner.owners import read_record, replace_quickly
 
 _TIMEOUT_S = 60.0
+_KEPT_S = 30.0  # sites ask that nobody asks their Slurm more often
 _OURS = re.compile(
     r"(SLURM_(?!CONF$)|SLURMD_|SRUN_|SUBMITIT_|PMI_|PMIX_|OMPI_COMM_|HPCGEN_(JOB_END|FAILED)$|TORCHELASTIC_|"
     r"((LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)|CUDA_VISIBLE_DEVICES|ROCR_VISIBLE_DEVICES)$)"
@@ -35,6 +41,30 @@ def ask(*command: str, text: str = "", timeout_s: float = _TIMEOUT_S) -> Answer 
     except (subprocess.TimeoutExpired, OSError):
         return None
     return Answer(done.returncode, done.stdout, done.stderr.strip())
+
+
+def ask_seldom(
+    *command: str, since: float, lasts: Callable[[Answer], bool], timeout_s: float = _TIMEOUT_S
+) -> Answer | None:
+    """As `ask`, for what people ask again and again (`watch`): an answer of the last 30 s is given once more.
+
+    Only one that is newer than `since` (seconds since the epoch) and of which `lasts` is true. All are kept in one file
+    in the user's cache folder.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '')}/.cache"
+    file = Path(cache, "hpcgen", "slurm.json")
+    question = " ".join((os.environ.get("SLURM_CONF", ""), shutil.which(command[0]) or "", *command))
+    now, kept = time.time(), {}
+    with suppress(OSError):
+        kept = {asked: told for asked, told in (read_record(file) or {}).items() if now - _KEPT_S < told[0] <= now}
+    if question in kept and kept[question][0] > since:
+        return Answer(*kept[question][1:])
+    answer = ask(*command, timeout_s=timeout_s)
+    if answer is not None and lasts(answer):
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_quickly(file, {**kept, question: (now, *astuple(answer))}, str(os.getpid()))
+    return answer
 
 
 def lines(*command: str) -> list[str] | None:

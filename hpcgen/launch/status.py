@@ -1,4 +1,4 @@
-"""How a run stands: from its heartbeats, events and files first, then from squeue, then from sacct. Writes nothing."""
+"""How a run stands: from its heartbeats, events and files first, then from squeue, then from sacct. It is only read."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from hpcgen.errors import InputError
 from hpcgen.launch.folder import ENDS, Folder, Launch, is_stop, number_of, record_of
 from hpcgen.launch.progress import Losses, Progress, losses_of, progress_of
-from hpcgen.launch.slurm import ask
+from hpcgen.launch.slurm import Answer, ask_seldom
 
 STATES = ("running", "silent", "queued", "stopped", "failed", "done")
 _SLURM_S = 10.0
@@ -53,7 +53,7 @@ class QueuedJob:
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands. squeue, sacct: asked, unneeded, or unavailable."""
+    """How a run stands. squeue, sacct: asked, now or within 30 s, unneeded, or unavailable."""
 
     run: str
     verb: str  # preprocess, train, campaign, evaluate; '': it has only begun
@@ -87,7 +87,7 @@ def _described(folder: "Folder") -> Status:
     silent = [launch for launch in folder.launches if launch.end is None]
     if silent and silent[-1] is folder.launches[-1] and state not in ("silent", "failed"):
         silent.pop()
-    ended, sacct = _accounting([launch.job for launch in silent])
+    ended, sacct = _accounting([launch.job for launch in silent], folder.newest)
     if silent and silent[-1] is folder.launches[-1] and (told := _fate(ended, silent[-1])):
         why += f"; Slurm: job {silent[-1].job} {told}"
     pairs = zip(folder.launches, folder.launches[1:], strict=False)
@@ -207,23 +207,34 @@ def _queue(folder: Folder) -> tuple[list[QueuedJob], str]:
     numbers = _numbers([*verbs, *(launch.job for launch in folder.launches)])
     if not numbers:
         return [], "unneeded"
-    answer = ask("squeue", "--noheader", f"--jobs={','.join(numbers)}", "--format=%i|%T|%S|%r", timeout_s=_SLURM_S)
+    command = ("squeue", "--noheader", f"--jobs={','.join(numbers)}", "--format=%i|%T|%S|%r")
+    answer = ask_seldom(*command, since=folder.newest, lasts=_only_waits, timeout_s=_SLURM_S)
     if answer is None or (answer.code and "Invalid job id" not in answer.err):  # said of a single job that is over
         return [], "unavailable"
-    rows = [line.strip().split("|", 3) for line in answer.out.splitlines() if line.count("|") >= 3]
     return [
         QueuedJob(job, verbs.get(job.partition("_")[0], ""), state, reason, _moment(start))
-        for job, state, start, reason in rows
+        for job, state, start, reason in _jobs_of(answer)
     ], "asked"
 
 
-def _accounting(jobs: list[str]) -> tuple[list[_Run], str]:
-    """What became of jobs that ended without a word, oldest first, and whether sacct said so."""
+def _jobs_of(answer: Answer) -> list[list[str]]:
+    """Id, state, start and reason of the jobs that squeue lists."""
+    return [line.strip().split("|", 3) for line in answer.out.splitlines() if line.count("|") >= 3]
+
+
+def _only_waits(answer: Answer) -> bool:
+    """Whether squeue lists no job that begins or ends: what it says may stay so for days."""
+    return all(state in _WAITS for _, state, *_ in _jobs_of(answer))
+
+
+def _accounting(jobs: list[str], since: float) -> tuple[list[_Run], str]:
+    """What became of jobs that ended without a word, oldest first, and whether sacct said so. since: of ask_seldom."""
     numbers = _numbers(jobs)
     if not numbers:
         return [], "unneeded"
     command = ("sacct", "-X", "-n", "-P", "--duplicates", f"--jobs={','.join(numbers)}")
-    answer = ask(*command, "--format=Start,JobIDRaw,State,ExitCode", timeout_s=_SLURM_S)
+    what = "--format=Start,JobIDRaw,State,ExitCode"
+    answer = ask_seldom(*command, what, since=since, lasts=lambda told: True, timeout_s=_SLURM_S)
     if answer is None or answer.code:
         return [], "unavailable"
     rows = [line.strip().split("|") for line in answer.out.splitlines() if line.count("|") == 3]

@@ -4,12 +4,14 @@ In the job every task becomes the command itself (`exec`): what runs is the same
 its own handling of signals, and no result is pickled for any of the tasks.
 """
 
+import hashlib
 import logging
 import os
 import re
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,13 @@ from typing import Any
 
 from submitit import SlurmExecutor, SlurmJob
 
-from hpcgen.errors import InputError, SiteError, UsageError
+from hpcgen.errors import InputError, SiteError, StorageError, UsageError
 from hpcgen.files import append_json_line, make_folder, write_json, write_whole
+from hpcgen.launch.doctor import why_hidden
+from hpcgen.launch.hello import file_system
 from hpcgen.launch.sbatch import FOLDER, Job, render
 from hpcgen.launch.slurm import ask, jobs_named, partitions
-from hpcgen.runner.events import EVENTS
+from hpcgen.runner.events import EVENTS, code_digest
 from hpcgen.runner.owners import read_record
 from hpcgen.runner.team import tell_script
 
@@ -44,6 +48,8 @@ class Command:
         if not record or not record.get("command"):
             tell_script(InputError.exit_code)
             raise InputError(f"{file}: no record of the job, want what `hpcgen submit` wrote there")
+        if os.environ.get("SLURM_PROCID", "0") == "0":  # once is enough
+            _note_changes(Path(self.run), record)
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(record["command"][0], record["command"])
@@ -63,10 +69,13 @@ def submit(job: Job) -> str:
     executor = _executor(job)
     _refuse_second(job)
     make_folder(job.folder)
+    _warn_of_hidden(job.run.resolve())
     file = record_of(job.run, job.verb)
+    others = job.site.container or job.site.python  # whose code cannot be seen from here
     record: dict[str, Any] = {
         "verb": job.verb, "name": job.name, "command": job.command, "folder": str(Path.cwd()), "after": job.after,
         "time": round(time.time(), 3), "job": "",
+        "code": "" if others else code_digest(), "files": _digests(job.files),
     }  # fmt: skip
     kept = file.read_text() if file.exists() else ""
     pickles = set(job.folder.glob("*.pkl"))
@@ -147,6 +156,35 @@ def _clear_up(job: Job, pickles: set[Path], kept: str) -> None:
     for folder in (job.folder, job.run):
         with suppress(OSError):  # in use
             folder.rmdir()
+
+
+def _warn_of_hidden(run: Path) -> None:
+    if hidden := why_hidden(run, file_system(run)[0]):
+        log.warning("%s is on %s: want a run folder that the nodes of the job see too", run, hidden)
+
+
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    """Of each file that is there: 12 hex digits."""
+    told = {}
+    for path in files:
+        if path.is_file():
+            with path.open("rb") as file:
+                told[str(path.absolute())] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return told
+
+
+def _note_changes(run: Path, record: dict[str, Any]) -> None:
+    """Warn of code and files that are not as when the job was submitted, and add that to the events of the run.
+
+    A job that waits in a queue takes what is there when it begins.
+    """
+    before = {"the code of hpcgen": record.get("code"), **record.get("files", {})}
+    now = {"the code of hpcgen": code_digest(), **_digests(map(Path, record.get("files", {})))}
+    for what, digest in before.items():
+        if digest and digest != now.get(what):
+            log.warning("%s is not as it was at `hpcgen submit` (%s, now %s)", what, digest, now.get(what, "gone"))
+            with suppress(StorageError):  # the command itself will say so
+                append_json_line(run / EVENTS, event="changed", what=what, before=digest, now=now.get(what))
 
 
 def _refusal(said: str) -> str:

@@ -14,8 +14,10 @@ are ranks, a rank with nothing is lent one crystal of the batch with weight 0: i
 the collectives in step and contribute zero (as long as its loss is finite). Count samples by the weight.
 """
 
+import ctypes
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpcgen.errors import UsageError
+
+_PR_SET_PDEATHSIG = 1  # of Linux: a signal at the death of the thread that forked
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -259,12 +263,17 @@ def loader(batches: StoreBatches, *, workers: int = 0, start: str | None = None)
         sampler=batches.steps,
         num_workers=workers,
         multiprocessing_context=start if workers else None,
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=_live_and_die_with_the_rank,
         generator=torch.Generator(),
     )
 
 
-def _leave_signals_to_the_rank(worker: int) -> None:
-    """A worker that dies of the scheduler's signal would take its rank down before the rank could save."""
+def _live_and_die_with_the_rank(worker: int) -> None:
+    """A worker that dies of the scheduler's signal would take its rank down before the rank could save.
+
+    One that outlives its rank keeps the job's step alive: torch looks for that after seconds, the kernel at once.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

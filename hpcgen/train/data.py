@@ -1,7 +1,7 @@
 """The crystals a run learns from, and the order in which it sees them."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from hpcgen.errors import InputError
@@ -52,7 +52,7 @@ def _split(config: TrainConfig, split: str) -> tuple[Store, Plan]:
     return store, Plan(store.sizes().atoms, config.batch.limits(), seed=config.seed)
 
 
-def groups(data: Data, config: TrainConfig, rank: int, world: int, epoch: int, offset: int) -> Iterator[Group]:
+def groups(data: Data, config: TrainConfig, rank: int, world: int, epoch: int, offset: int) -> Generator[Group]:
     """What this rank does step by step, from a place in the data on, without end."""
     while True:
         batches = StoreBatches(data.store, data.plan, epoch=epoch, rank=rank, world=world, start_step=offset)

@@ -73,7 +73,8 @@ class Ranks:
 
     def sum(self, values: Tensor) -> list[float]:
         """Sums over the ranks of numbers (K,), float64, the same on all of them."""
-        if self.store is not None:
+        if self._watch is not None:
+            self.at("summing", self._watch.doing[0])
             dist.all_reduce(values)
         return values.tolist()
 
@@ -174,6 +175,7 @@ class Ranks:
     def _leave_with(self, told: dict[str, Any]) -> None:
         """End this process since another rank failed: its main thread may wait for that one in a collective."""
         assert self.store is not None
+        self._show_stack(told)
         time.sleep(_SELF_S if self.rank == 0 else 1.0)
         self._note(told)
         with suppress(RuntimeError):
@@ -184,14 +186,22 @@ class Ranks:
     def _tell_late(self, said: str, rank: int) -> None:
         """End the run since a rank does not come; if that is the first one, every rank does so for itself."""
         assert self.store is not None
-        told = {"code": SiteError.exit_code, "said": said, "rank": rank, "kind": SiteError.__name__}
+        told = {"code": SiteError.exit_code, "said": said, "rank": rank, "kind": SiteError.__name__, "late": True}
         if rank or not self.rank:
             self.store.set("fault", json.dumps(told))
         log.critical("%s", said)
+        self._show_stack(told)
         self._note(told)
         if not self.rank:
             self._wait_for_the_others()
         _leave(SiteError.exit_code, SiteError.__name__)
+
+    def _show_stack(self, told: dict[str, Any]) -> None:
+        """Where the main thread is, if it is this rank that does not come."""
+        main = sys._current_frames().get(threading.main_thread().ident or 0)
+        if told.get("late") and told["rank"] == self.rank:
+            where = f"rank {self.rank} of {self.world} on {os.uname().nodename}"
+            log.critical("%s is here:\n%s", where, "".join(traceback.format_stack(main)).rstrip())
 
     def _note(self, told: dict[str, Any]) -> None:
         """Into the events of the run, unless the file system, which may be what hangs, does not answer."""

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import uuid
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,54 +94,57 @@ def _run(
     """Steps, validations and checkpoints until all steps are done or a stop is asked for."""
     draw, progress = Draw(config.seed), state.progress
     clock = Clock(config.time_limit_s, started, os.environ)
-    feed = groups(data, config, ranks.rank, ranks.world, progress.epoch, progress.offset)
     stopping = ranks.sum(_numbers([bool(stop)], ranks))[0] > 0
-    while True:
-        if stopping:
+    with closing(groups(data, config, ranks.rank, ranks.world, progress.epoch, progress.offset)) as feed:
+        while True:
+            if stopping:
+                ranks.at("saving", progress.step)
+                if saver is not None:
+                    saver.save(state)
+                reason = stop.reason or "another rank was asked to"
+                raise StoppedEarly(
+                    f"stopped early ({reason}) at step {progress.step}; the same command goes on from here"
+                )
+            if _validation_due(config, progress):
+                ranks.at("validating", progress.step)
+                with clock.timing("validation"):
+                    _note_validation(validate(config, ranks, data, state.ema), state, saver, journal)
             ranks.at("saving", progress.step)
-            if saver is not None:
-                saver.save(state)
-            reason = stop.reason or "another rank was asked to"
-            raise StoppedEarly(f"stopped early ({reason}) at step {progress.step}; the same command goes on from here")
-        if _validation_due(config, progress):
-            ranks.at("validating", progress.step)
-            with clock.timing("validation"):
-                _note_validation(validate(config, ranks, data, state.ema), state, saver, journal)
-        ranks.at("saving", progress.step)
-        if saver is not None and saver.due(progress.step):
-            with clock.timing("saving"):
-                saver.save(state)
-        if progress.step >= config.steps:
-            return
+            if saver is not None and saver.due(progress.step):
+                with clock.timing("saving"):
+                    saver.save(state)
+            if progress.step >= config.steps:
+                return
 
-        ranks.at("reading", progress.step)
-        group = next(feed)
-        ranks.at("computing", progress.step)
-        lr = learning_rate(config, progress.step)
-        losses = backward(config, ranks, group, progress.step, state, shared, draw)
-        state.scaler.unscale_(state.optimiser)
-        norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
-        if ranks.rank == 0 and (why := clock.reason()):
-            stop.set(why)
-        flags = _numbers([bool(stop)], ranks)
-        bad = ~(norm.isfinite() & losses["loss"].isfinite())
-        told = ranks.sum(torch.stack([bad.double(), flags[0], *(value.double() for value in losses.values())]))
-        was_bad, stopping = told[0] > 0, told[1] > 0
-        if not was_bad:
-            for parameters in state.optimiser.param_groups:
-                parameters["lr"] = lr
-            state.scaler.step(state.optimiser)
-            average(state.ema, state.model, min(config.ema, (1 + progress.step) / (10 + progress.step)))
-        state.scaler.update()
-        state.optimiser.zero_grad(set_to_none=True)
+            ranks.at("reading", progress.step)
+            group = next(feed)
+            ranks.at("computing", progress.step)
+            lr = learning_rate(config, progress.step)
+            losses = backward(config, ranks, group, progress.step, state, shared, draw)
+            state.scaler.unscale_(state.optimiser)
+            norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
+            if ranks.rank == 0 and (why := clock.reason()):
+                stop.set(why)
+            flags = _numbers([bool(stop)], ranks)
+            bad = ~(norm.isfinite() & losses["loss"].isfinite())
+            told = ranks.sum(torch.stack([bad.double(), flags[0], *(value.double() for value in losses.values())]))
+            was_bad, stopping = told[0] > 0, told[1] > 0
+            if not was_bad:
+                for parameters in state.optimiser.param_groups:
+                    parameters["lr"] = lr
+                state.scaler.step(state.optimiser)
+                average(state.ema, state.model, min(config.ema, (1 + progress.step) / (10 + progress.step)))
+            state.scaler.update()
+            state.optimiser.zero_grad(set_to_none=True)
 
-        _advance(progress, group, was_bad)
-        _note_step(config, progress, journal, dict(zip(losses, told[2:], strict=True)), norm, lr, was_bad)
-        if progress.bad_in_row >= config.bad_steps:
-            raise Diverged(
-                f"{config.out}: {config.bad_steps} steps in a row, up to step {progress.step}, had a loss or gradient "
-                f"that is not finite; want a lower lr (it is {config.lr:g}), more warmup, or float32 or bf16"
-            )
+            _advance(progress, group, was_bad)
+            _note_step(config, progress, journal, dict(zip(losses, told[2:], strict=True)), norm, lr, was_bad)
+            if progress.bad_in_row >= config.bad_steps:
+                raise Diverged(
+                    f"{config.out}: {config.bad_steps} steps in a row, up to step {progress.step}, had a loss or "
+                    f"gradient that is not finite; want a lower lr (it is {config.lr:g}), more warmup, or float32 "
+                    "or bf16"
+                )
 
 
 def backward(
@@ -158,6 +161,8 @@ def backward(
             try:
                 with _autocast(config, ranks):
                     told = shared(batch, draw)
+                if last:
+                    ranks.at("summing", step)  # DDP does so as the gradients come
                 state.scaler.scale(told["loss"] * (part * ranks.world)).backward()  # DDP divides the sum by world
             except Exception as fault:
                 if _no_compiler(fault):

@@ -4,6 +4,7 @@ The main thread may wait in a collective for ever. Every rank tells the store wh
 one compares.
 """
 
+import faulthandler
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import torch.distributed as dist
 
 from hpcgen.launch.place import Place
 
-DOING = ("starting", "validating", "saving", "reading", "computing")  # in the order of a step
+DOING = ("starting", "validating", "saving", "reading", "computing", "summing")  # in the order of a step
 _LOOK_S = 1.0
 _FROZEN_S = 5.0  # longer than a look for so much: this process was stopped itself
 _SILENT_S = 10.0  # without a beat for so long a rank is dead or stopped, if a limit as short does not end before
@@ -92,6 +93,9 @@ class Watch:
 
     def _tell(self) -> None:
         self._beats += 1
+        # a main thread that hangs with the interpreter's lock (HDF5 in a file system that hangs) ends these beats: then
+        # its stack is shown all the same, before the others give up
+        faulthandler.dump_traceback_later(self._limit_s / 2)
         self._store.set(f"beat/{self._place.rank}", json.dumps([self._beats, *self.doing, os.uname().nodename]))
 
     def _late(self) -> tuple[str, int] | None:

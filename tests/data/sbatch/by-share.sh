@@ -11,8 +11,12 @@
 #SBATCH --output=/dev/null
 
 # The log goes on after a requeue. The script opens it itself: Slurm does not make folders.
-mkdir -p '/scratch/me/my run/submit' || exit 7
-exec >> '/scratch/me/my run/submit'/train-"$SLURM_JOB_ID".log 2>&1
+log='/scratch/me/my run/submit'/train-"$SLURM_JOB_ID".log
+if ! { mkdir -p "${log%/*}" && exec >> "$log" 2>&1; }; then
+    echo "hpcgen: $log cannot be written on $(hostname): want a run folder that all nodes see, with space in it" |
+        tee -a "$HOME/hpcgen-$SLURM_JOB_ID.log" >&2 # a place where it may be found
+    exit 7
+fi
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 export SLURM_EXPORT_ENV=ALL # what is set here reaches the tasks, whatever sbatch was told
@@ -36,6 +40,7 @@ fi
 # 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
 for _ in $(seq 20); do # the controller may be away for a while
     state=$(scontrol show job "$job") && break
+    command -v scontrol > /dev/null || break # there is none
     sleep 15
 done
 case "$code $state" in
@@ -51,8 +56,9 @@ case "$code $state" in
     echo "hpcgen: job $job could not be queued again; the same command goes on from here"
     ;;
 "$code ")
-    echo "hpcgen: scontrol does not answer; if this is a preemption, Slurm itself queues the job again"
-    sleep 300
+    echo "hpcgen: scontrol does not answer, so job $job cannot ask to be queued again"
+    echo "hpcgen: if it is preempted, Slurm itself does so; if not, the same command goes on from here"
+    sleep 300 # one that leaves before its preemption ends it would count as failed
     ;;
 *) echo "hpcgen: job $job was cancelled; the same command goes on from here" ;;
 esac
