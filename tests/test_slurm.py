@@ -84,12 +84,12 @@ def test_a_campaign_preempted_three_times_is_one_in_one_process(
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], bytes]:
-    """What builds a store, but for --out, and the manifest, with all hashes, of the one that one process built."""
+    """What builds a store, but for --processes and --out; and the manifest, with all hashes, if one process does."""
     folder = tmp_path_factory.mktemp("built")
     words = [str(ROOT / "preprocess" / "mp20.py"), str(write_csv(folder / "t.csv", rows(200))), "--no-page",
-             "--processes", "1", "--block-rows", "4", "--shard-crystals", "16"]  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, *words, "--out", str(folder / "store")], env=env, check=True)
+             "--block-rows", "4", "--shard-crystals", "16"]  # fmt: skip
+    alone = [sys.executable, *words, "--processes", "0", "--out", str(folder / "store")]
+    subprocess.run(alone, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     return words, (folder / "store" / "manifest.json").read_bytes()
 
 
@@ -99,7 +99,7 @@ def test_an_array_is_preempted_and_one_of_its_tasks_is_cancelled(
     """In an array one task bears the number of them all: what it asks for must hold for itself alone."""
     words, manifest = built
     flags = ("--nodes=1", "--array=0-2")
-    job = sbatch(cluster, 1, "preprocess.sh", *words, flags=flags, HPCGEN_STORE=str(tmp_path))
+    job = sbatch(cluster, 1, "preprocess.sh", *words, "--processes", "1", flags=flags, HPCGEN_STORE=str(tmp_path))
     tasks = [f"{job}_{number}" for number in range(3)]
     until(lambda: list(tmp_path.glob("work/parsed-*.h5")), 120, tmp_path)
     high = cluster.preempt(1)
@@ -114,7 +114,7 @@ def test_an_array_is_preempted_and_one_of_its_tasks_is_cancelled(
 def test_a_store_is_built_by_the_script_by_submit_and_by_what_a_dry_run_prints(
     cluster: Cluster, built: tuple[list[str], bytes], tmp_path: Path
 ) -> None:
-    words, manifest = built
+    words, manifest = [*built[0], "--processes", "0"], built[1]
     flags = ("--set", "preprocess.nodes=2", "--set", "mpi=pmi2")
     told = submit(cluster, "preprocess", *words, "--out", str(tmp_path / "none"), *flags, "--test-only")
     assert "to start at" in told and "n[1-2] in partition low" in told
