@@ -223,7 +223,7 @@ def test_a_chain_through_submitit_waits_for_a_link_that_is_preempted(
     config = str(ROOT / "configs" / "autoperi_mp20.yaml")
     sizes = ("--n", "64", "--steps", "2", "--tile", "16", "--block", "16", "--device", "cpu", "--processes", "0")
     told = ("--checkpoint", str(run / "best.pt"), "--out", str(made), *sizes)
-    first = submit(cluster, "train", config, f"store={store}", f"out={run}", *TINY, "steps=240", *flags)
+    first = submit(cluster, "train", config, f"store={store}", f"out={run}", *TINY, "steps=80", *flags)
     second = submit(cluster, "campaign", *told, *flags, "--after", first)
     third = submit(cluster, "evaluate", str(made), "--after", second)
     assert cluster.show(second)["Dependency"].startswith(f"afterok:{first}")
