@@ -223,17 +223,17 @@ def test_a_chain_through_submitit_waits_for_a_link_that_is_preempted(
     config = str(ROOT / "configs" / "autoperi_mp20.yaml")
     sizes = ("--n", "64", "--steps", "2", "--tile", "16", "--block", "16", "--device", "cpu", "--processes", "0")
     told = ("--checkpoint", str(run / "best.pt"), "--out", str(made), *sizes)
-    first = submit(cluster, "train", config, f"store={store}", f"out={run}", *TINY, "steps=80", *flags)
+    first = submit(cluster, "train", config, f"store={store}", f"out={run}", *TINY, "steps=100", *flags)
     second = submit(cluster, "campaign", *told, *flags, "--after", first)
     third = submit(cluster, "evaluate", str(made), "--after", second)
     assert cluster.show(second)["Dependency"].startswith(f"afterok:{first}")
     disturb(cluster, first, run, 1, step_of)
     waiting = [cluster.show(link) for link in (second, third)]
     assert [(link["JobState"], link["Reason"]) for link in waiting] == [("PENDING", "Dependency")] * 2
-    assert cluster.wait(first, timeout_s=120) == "COMPLETED", log_of(run, first)
+    assert cluster.wait(first, timeout_s=240) == "COMPLETED", log_of(run, first)
     assert cluster.show(first)["Restarts"] == "1"
-    assert cluster.wait(second, timeout_s=120) == "COMPLETED", log_of(made, second, "campaign")
-    assert cluster.wait(third, timeout_s=120) == "COMPLETED", log_of(made, third, "evaluate")
+    assert cluster.wait(second, timeout_s=240) == "COMPLETED", log_of(made, second, "campaign")
+    assert cluster.wait(third, timeout_s=240) == "COMPLETED", log_of(made, third, "evaluate")
     assert json.loads((made / "summary.json").read_text())["asked"] == 64
     assert json.loads((made / "evaluate" / "generate.json").read_text())["asked"] == 64
     assert sorted(file.name for file in (run / "submit").iterdir()) == [
