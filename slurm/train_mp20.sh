@@ -39,6 +39,12 @@ if ! command -v hpcgen > /dev/null; then
     echo "hpcgen: is not on the PATH of the job; activate its environment before sbatch"
     exit 3
 fi
+tasks=${SLURM_NTASKS_PER_NODE:-1}
+gpus=${SLURM_GPUS_ON_NODE:-0} # 0: none asked for
+if [ "$gpus" -gt 0 ] && [ "$tasks" -gt "$gpus" ]; then
+    echo "hpcgen: $tasks tasks on a node with $gpus GPUs: want one task for each GPU, as with --ntasks-per-node=$gpus"
+    exit 3
+fi
 
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 export SLURM_EXPORT_ENV=ALL # what is set here reaches the tasks, whatever sbatch was told

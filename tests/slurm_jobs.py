@@ -48,7 +48,7 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def disturb(cluster: Cluster, job: str, run: Path, times: int, progress: Callable[[Path], int]) -> list[float]:
-    """Preempt a running job again and again, each time after some progress; seconds until all its ranks were gone."""
+    """Preempt a running job again and again, each time after some progress; what `seconds_to_leave` was."""
     gone = []
     for _ in range(times):
         cluster.wait(job, "RUNNING", 120)
@@ -56,10 +56,23 @@ def disturb(cluster: Cluster, job: str, run: Path, times: int, progress: Callabl
         until(lambda start=start: progress(run) > start and cluster.state(job) == "RUNNING", 240, run)
         began = time.monotonic()
         high = cluster.preempt(1)
-        until(lambda: not ranks(job), 30, run)
-        gone.append(time.monotonic() - began)
+        gone.append(seconds_to_leave(cluster, job, run, began))
         cluster.wait(high, "COMPLETED", 60)
+    print("seconds until all ranks were gone:", [round(seconds, 1) for seconds in gone])
     return gone
+
+
+def seconds_to_leave(cluster: Cluster, job: str, run: Path, began: float) -> float:
+    """From Slurm's signal until no rank lives. Counted from when Slurm was last asked before it, or from `began`."""
+    asked = [began]
+
+    def told() -> bool:
+        asked.append(time.monotonic())
+        return cluster.show(job)["PreemptTime"] != "None" or not ranks(job)
+
+    until(told, 60, run)
+    until(lambda: not ranks(job), 30, run)
+    return time.monotonic() - asked[-2]
 
 
 def ranks(job: str) -> list[str]:
@@ -74,6 +87,12 @@ def ranks(job: str) -> list[str]:
         if f"SLURM_JOB_ID={job}".encode() in env and any(word.startswith(b"SLURM_STEP_ID=") for word in env):
             found.append(process.name)
     return found
+
+
+def pid_of(job: str, rank: int) -> int:
+    """The process of one rank of a job."""
+    mark = f"SLURM_PROCID={rank}".encode()
+    return next(int(pid) for pid in ranks(job) if mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
 
 
 def log_of(run: Path, job: str, verb: str = "train") -> str:

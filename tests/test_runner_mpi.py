@@ -90,9 +90,12 @@ def test_the_others_do_the_work_of_a_rank_that_is_stopped_and_name_it(tmp_path: 
 def test_a_killed_launch_is_followed_by_the_next_one_at_once(tmp_path: Path) -> None:
     launch = Launch(tmp_path, "item_s=0.05", "n=60", "beat_s=5", ranks=3)
     wait_for(lambda: len(list(tmp_path.glob("blocks/*.txt"))) > 3)
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in launch.family())
+    shared = set(re.findall(r"/dev/shm/mpich_\w+", maps))
     for pid in launch.family():
         os.kill(pid, signal.SIGKILL)
     launch.process.communicate()
+    assert shared and not any(Path(name).exists() for name in shared)
     start = time.monotonic()
     code, text = Launch(tmp_path, "n=60", "beat_s=5", ranks=3).end()
     assert code == 0, text

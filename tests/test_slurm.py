@@ -2,9 +2,9 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,9 +27,11 @@ from slurm_jobs import (
     submit,
     until,
 )
+from test_inodes import MOST, inodes
 from train_jobs import assert_same_run, make_store
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+LEAVE_S = 5  # from the signal of a preemption until all ranks are gone
 SIZES = [pytest.param(1, id="4 ranks"), pytest.param(8, id="32 ranks", marks=pytest.mark.bench)]
 
 
@@ -40,16 +42,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("per_node", SIZES)
 def test_training_preempted_three_times_is_training_not_preempted(
-    cluster: Cluster, store: Path, tmp_path: Path, per_node: int, record_property: Callable[[str, object], None]
+    cluster: Cluster, store: Path, tmp_path: Path, per_node: int
 ) -> None:
     words, where = (*TINY, "steps=240"), {"HPCGEN_STORE": str(store)}
     run, calm = tmp_path / "run", tmp_path / "calm"
     job = sbatch(cluster, per_node, "train_mp20.sh", *words, HPCGEN_RUN=str(run), **where)
     gone = disturb(cluster, job, run, 3, step_of)
     assert cluster.wait(job, timeout_s=400) == "COMPLETED", log_of(run, job)
-    record_property("seconds until all ranks were gone", gone)
-    print("seconds until all ranks were gone:", [round(seconds, 1) for seconds in gone])
-    assert max(gone) < 15  # on two cores, with what Slurm itself takes; see the issue's note for an idle machine
+    assert max(gone) < LEAVE_S
     starts, stops = events(run, "start"), events(run, "stop")
     assert len(starts) == 4 and all(start["size"] == 4 * per_node for start in starts)
     assert [saved_step(start["resumed"]) for start in starts[1:]] == [stop["step"] for stop in stops], "a step lost"
@@ -58,8 +58,11 @@ def test_training_preempted_three_times_is_training_not_preempted(
     other = sbatch(cluster, per_node, "train_mp20.sh", *words, HPCGEN_RUN=str(calm), **where)
     assert cluster.wait(other, timeout_s=400) == "COMPLETED"
     assert_same_run(run, calm)
+    print(f"{4 * per_node} ranks, 3 restarts: {inodes(run)} inodes")
+    assert inodes(run) < MOST
 
 
+@pytest.mark.mpi
 @pytest.mark.parametrize(
     ("per_node", "n"), [(1, 6000), pytest.param(2, 20_000, marks=pytest.mark.bench),
                         pytest.param(8, 20_000, marks=pytest.mark.bench)]
@@ -71,30 +74,64 @@ def test_a_campaign_preempted_three_times_is_one_in_one_process(
     sizes = {"n": n, "steps": 2, "tile": 100, "block": 200, "device": "cpu", "processes": 0}
     words = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     job = sbatch(cluster, per_node, "campaign.sh", *words, "--checkpoint", str(checkpoint), HPCGEN_RUN=str(run))
-    disturb(cluster, job, run, 3, lambda run: len(list(run.glob("all-*.h5"))))
+    gone = disturb(cluster, job, run, 3, lambda run: len(list(run.glob("all-*.h5"))))
+    assert max(gone) < LEAVE_S
     assert cluster.wait(job, timeout_s=400) == "COMPLETED", log_of(run, job, "campaign")
     run_campaign(checkpoint, calm, **sizes)
     assert content(run) == content(calm)
     assert [name for name in litter(run) if name != "submit"] == []
 
 
-def test_an_array_is_preempted_and_one_of_its_tasks_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], bytes]:
+    """What builds a store, but for --processes and --out; and the manifest, with all hashes, if one process does."""
+    folder = tmp_path_factory.mktemp("built")
+    words = [str(ROOT / "preprocess" / "mp20.py"), str(write_csv(folder / "t.csv", rows(200))), "--no-page",
+             "--block-rows", "4", "--shard-crystals", "16"]  # fmt: skip
+    alone = [sys.executable, *words, "--processes", "0", "--out", str(folder / "store")]
+    subprocess.run(alone, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    return words, (folder / "store" / "manifest.json").read_bytes()
+
+
+def test_an_array_is_preempted_and_one_of_its_tasks_is_cancelled(
+    cluster: Cluster, built: tuple[list[str], bytes], tmp_path: Path
+) -> None:
     """In an array one task bears the number of them all: what it asks for must hold for itself alone."""
-    table, out, calm = write_csv(tmp_path / "t.csv", rows(200)), tmp_path / "store", tmp_path / "calm"
-    words = ("preprocess/mp20.py", str(table), "--no-page", "--processes", "1", "--block-rows", "4",
-             "--shard-crystals", "16")  # fmt: skip
+    words, manifest = built
     flags = ("--nodes=1", "--array=0-2")
-    job = sbatch(cluster, 1, "preprocess.sh", *words, flags=flags, HPCGEN_STORE=str(out))
+    job = sbatch(cluster, 1, "preprocess.sh", *words, "--processes", "1", flags=flags, HPCGEN_STORE=str(tmp_path))
     tasks = [f"{job}_{number}" for number in range(3)]
-    until(lambda: list(out.glob("work/parsed-*.h5")), 120, out)
+    until(lambda: list(tmp_path.glob("work/parsed-*.h5")), 120, tmp_path)
     high = cluster.preempt(1)
     cluster.wait(high, "COMPLETED", 60)
     cluster.run("scancel", tasks[2])
     assert [cluster.wait(task, timeout_s=240) for task in tasks] == ["COMPLETED", "COMPLETED", "CANCELLED"]
     assert [cluster.show(task)["Restarts"] for task in tasks[:2]] == ["1", "1"]
-    done = subprocess.run([sys.executable, *words, "--out", str(calm)], cwd=ROOT, env=environment(cluster))
-    assert done.returncode == 0
-    assert (out / "manifest.json").read_bytes() == (calm / "manifest.json").read_bytes()  # with every file's hash
+    assert (tmp_path / "manifest.json").read_bytes() == manifest
+
+
+@pytest.mark.mpi
+def test_a_store_is_built_by_the_script_by_submit_and_by_what_a_dry_run_prints(
+    cluster: Cluster, built: tuple[list[str], bytes], tmp_path: Path
+) -> None:
+    words, manifest = [*built[0], "--processes", "0"], built[1]
+    flags = ("--set", "preprocess.nodes=2", "--set", "mpi=pmi2")
+    told = submit(cluster, "preprocess", *words, "--out", str(tmp_path / "none"), *flags, "--test-only")
+    assert "to start at" in told and "n[1-2] in partition low" in told
+    assert not (tmp_path / "none").exists()
+    assert "hpcgen-preprocess-" not in cluster.run("squeue", "--noheader", "--format=%j")
+
+    stores = [tmp_path / name for name in ("script", "submit", "dry run")]
+    dry = shlex.join([*HPCGEN, "submit", "preprocess", *words, "--out", str(stores[2]), "--dry-run"])
+    jobs = [
+        sbatch(cluster, 1, "preprocess.sh", *words, flags=("--nodes=2",), HPCGEN_STORE=str(stores[0])),
+        submit(cluster, "preprocess", *words, "--out", str(stores[1]), *flags),
+        cluster.run("bash", "-c", f"{dry} | sbatch --parsable", env=environment(cluster)).strip(),
+    ]
+    for job, store, ranks_of_it in zip(jobs, stores, (2, 2, 1), strict=True):
+        assert cluster.wait(job, timeout_s=120) == "COMPLETED", log_of(store, job, "preprocess")
+        assert [start["size"] for start in events(store, "start")][:1] == [ranks_of_it]
+        assert (store / "manifest.json").read_bytes() == manifest
 
 
 def test_a_cancelled_job_stays_away(cluster: Cluster, store: Path, tmp_path: Path) -> None:
@@ -133,6 +170,24 @@ def test_a_job_out_of_time_is_queued_again_and_ends(cluster: Cluster, store: Pat
     assert int(cluster.show(job)["Restarts"]) >= 1 and step_of(tmp_path) == steps
 
 
+@pytest.mark.mpi
+@pytest.mark.bench
+def test_a_campaign_out_of_time_leaves_before_it_is_ended_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    checkpoint, run, calm = make_checkpoint(tmp_path / "model.pt"), tmp_path / "run", tmp_path / "calm"
+    sizes = {"n": 6000, "steps": 8, "tile": 50, "block": 100, "device": "cpu", "processes": 0}
+    words = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    flags = ("--nodes=2", "--time=1", "--signal=USR2@10")
+    job = sbatch(cluster, 1, "campaign.sh", *words, "--checkpoint", str(checkpoint), flags=flags, HPCGEN_RUN=str(run))
+    assert cluster.wait(job, timeout_s=400) == "COMPLETED", log_of(run, job, "campaign")
+    restarts = int(cluster.show(job)["Restarts"])
+    said = log_of(run, job, "campaign")
+    assert restarts >= 1 and said.count("left with 75 and asks to be queued again") == restarts
+    assert "TIME LIMIT" not in said, "Slurm ended it"
+    run_campaign(checkpoint, calm, **sizes)
+    assert content(run) == content(calm)
+    assert [name for name in litter(run) if name != "submit"] == []
+
+
 def test_a_job_that_is_told_before_it_has_begun_is_queued_again(cluster: Cluster, store: Path, tmp_path: Path) -> None:
     job = sbatch(cluster, 1, "train_mp20.sh", *TINY, "steps=5", HPCGEN_STORE=str(store), HPCGEN_RUN=str(tmp_path))
     until(lambda: ranks(job), 60, tmp_path)
@@ -159,19 +214,26 @@ def test_a_rank_that_is_killed_ends_the_job(cluster: Cluster, store: Path, tmp_p
     until(lambda: not ranks(job), 20, tmp_path)
 
 
-def test_a_chain_through_submitit(cluster: Cluster, store: Path, tmp_path: Path) -> None:
+@pytest.mark.mpi
+def test_a_chain_through_submitit_waits_for_a_link_that_is_preempted(
+    cluster: Cluster, store: Path, tmp_path: Path
+) -> None:
     run, made = tmp_path / "run", tmp_path / "made"
     flags = ("--set", "campaign.nodes=2", "--set", "train.nodes=2", "--set", "mpi=pmi2")
     config = str(ROOT / "configs" / "autoperi_mp20.yaml")
     sizes = ("--n", "64", "--steps", "2", "--tile", "16", "--block", "16", "--device", "cpu", "--processes", "0")
     told = ("--checkpoint", str(run / "best.pt"), "--out", str(made), *sizes)
-    first = submit(cluster, "train", config, f"store={store}", f"out={run}", *TINY, "steps=10", *flags)
+    first = submit(cluster, "train", config, f"store={store}", f"out={run}", *TINY, "steps=100", *flags)
     second = submit(cluster, "campaign", *told, *flags, "--after", first)
     third = submit(cluster, "evaluate", str(made), "--after", second)
     assert cluster.show(second)["Dependency"].startswith(f"afterok:{first}")
-    assert cluster.wait(first, timeout_s=120) == "COMPLETED", log_of(run, first)
-    assert cluster.wait(second, timeout_s=120) == "COMPLETED", log_of(made, second, "campaign")
-    assert cluster.wait(third, timeout_s=120) == "COMPLETED", log_of(made, third, "evaluate")
+    disturb(cluster, first, run, 1, step_of)
+    waiting = [cluster.show(link) for link in (second, third)]
+    assert [(link["JobState"], link["Reason"]) for link in waiting] == [("PENDING", "Dependency")] * 2
+    assert cluster.wait(first, timeout_s=240) == "COMPLETED", log_of(run, first)
+    assert cluster.show(first)["Restarts"] == "1"
+    assert cluster.wait(second, timeout_s=240) == "COMPLETED", log_of(made, second, "campaign")
+    assert cluster.wait(third, timeout_s=240) == "COMPLETED", log_of(made, third, "evaluate")
     assert json.loads((made / "summary.json").read_text())["asked"] == 64
     assert json.loads((made / "evaluate" / "generate.json").read_text())["asked"] == 64
     assert sorted(file.name for file in (run / "submit").iterdir()) == [

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import socket
 import subprocess
@@ -20,6 +22,7 @@ from slurm_jobs import (
     environment,
     events,
     log_of,
+    pid_of,
     ranks,
     saved_step,
     sbatch,
@@ -86,16 +89,25 @@ def lose_the_first_node(
 
 
 @pytest.mark.parametrize(
-    ("nodes", "per_node", "times"), [(3, 1, 1), pytest.param(4, 8, 3, marks=pytest.mark.bench)]
+    ("how", "nodes", "per_node", "times"),
+    [("submit", 3, 1, 1), pytest.param("submit", 4, 8, 3, marks=pytest.mark.bench),
+     pytest.param("sbatch", 4, 8, 3, marks=pytest.mark.bench)],
 )  # fmt: skip
-def test_a_submitted_training_is_preempted_and_loses_a_node(
-    cluster: Cluster, store: Path, tmp_path: Path, nodes: int, per_node: int, times: int
+def test_a_training_is_preempted_and_loses_a_node(
+    cluster: Cluster, store: Path, tmp_path: Path, how: str, nodes: int, per_node: int, times: int
 ) -> None:
-    size = {"nodes": nodes, "tasks_per_node": per_node, "gpus_per_node": per_node, "cpus_per_task": 1}
-    flags = [word for name, number in size.items() for word in ("--set", f"train.{name}={number}")]
-    words = (*TINY, f"store={store}", "steps=400", "save_every_steps=50", "validate_every=50")
+    words = (*TINY, "steps=400", "save_every_steps=50", "validate_every=50")
+
+    def begin(out: Path) -> str:
+        if how == "sbatch":
+            where = {"HPCGEN_STORE": str(store), "HPCGEN_RUN": str(out)}
+            return sbatch(cluster, per_node, "train_mp20.sh", *words, flags=(f"--nodes={nodes}",), **where)
+        size = {"nodes": nodes, "tasks_per_node": per_node, "gpus_per_node": per_node, "cpus_per_task": 1}
+        flags = [word for name, number in size.items() for word in ("--set", f"train.{name}={number}")]
+        return submit(cluster, "train", CONFIG, *words, f"store={store}", f"out={out}", *flags)
+
     run, other = tmp_path / "run", tmp_path / "calm"
-    job = submit(cluster, "train", CONFIG, *words, f"out={run}", *flags)
+    job = begin(run)
     disturb(cluster, job, run, times, step_of)
     try:
         until(lambda: len(events(run, "start")) == times + 1 and step_of(run) > 60, 240, run)
@@ -108,7 +120,7 @@ def test_a_submitted_training_is_preempted_and_loses_a_node(
     starts = events(run, "start")
     assert len(starts) == times + 2 and saved_step(starts[-1]["resumed"]) >= seen - 50
     assert ranks(job) == [] and cluster.drained() == []
-    again = submit(cluster, "train", CONFIG, *words, f"out={other}", *flags)
+    again = begin(other)
     assert cluster.wait(again, timeout_s=600) == "COMPLETED", log_of(other, again)
     assert_same_run(run, other)
 
@@ -129,6 +141,7 @@ def test_a_node_that_dies_with_its_rank_is_done_without(
     assert_same_run(tmp_path, calm)
 
 
+@pytest.mark.mpi
 def test_a_campaign_goes_on_without_a_node_whose_ranks_still_write(cluster: Cluster, tmp_path: Path) -> None:
     checkpoint, run, other = make_checkpoint(tmp_path / "model.pt"), tmp_path / "run", tmp_path / "calm"
     sizes = {"n": 5000, "steps": 4, "tile": 50, "block": 100, "device": "cpu", "processes": 0}
@@ -156,14 +169,13 @@ def test_a_campaign_goes_on_without_a_node_whose_ranks_still_write(cluster: Clus
 # ---- ranks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", [0, -1], ids=["rank 0", "the last rank"])
+@pytest.mark.parametrize("which", [0, 1], ids=["rank 0", "the last rank"])
 def test_a_rank_that_is_stopped_ends_the_job_and_is_named(
     cluster: Cluster, store: Path, tmp_path: Path, which: int
 ) -> None:
     job = train(cluster, store, tmp_path, "steps=100000", "timeout_s=12")
     until(lambda: step_of(tmp_path) > 2, 120, tmp_path)
-    by_rank = sorted(ranks(job), key=lambda pid: b"SLURM_PROCID=1" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(int(by_rank[which]), signal.SIGSTOP)
+    os.kill(pid_of(job, which), signal.SIGSTOP)
     failed(cluster, job, 3)
     said, host = log_of(tmp_path, job), os.uname().nodename
     late = f"rank 1 of 2 on {host} keeps the others waiting: no sign of life for"
@@ -180,6 +192,50 @@ def test_a_rank_that_raises_ends_the_job_with_its_code_and_sentence(
     said = (tmp_path / "log").read_text()
     assert said.count("a broken shard") == 1 and "rank 3 of 4" in said and "Traceback" not in said
     assert [(e["rank"], e["message"]) for e in events(tmp_path / "run", "error")] == [(3, "a broken shard")]
+
+
+MADE = {"n": 1000, "steps": 4, "tile": 50, "block": 50, "device": "cpu", "processes": 0}
+FATES = {  # of rank 1: what happens to it, the job's exit code, what is said of it
+    "raises": (
+        lambda pid: resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, 4096)),
+        7,
+        r"rank 1 of 2 on \S+: .*\.h5",
+    ),
+    "killed": (lambda pid: os.kill(pid, signal.SIGKILL), 137, "task 1: Killed"),
+    "stopped": (lambda pid: os.kill(pid, signal.SIGSTOP), 3, r"rank 1 on \S+ gives no sign of life"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The crystals of a campaign that nobody disturbs."""
+    run = tmp_path_factory.mktemp("made") / "run"
+    run_campaign(checkpoint, run, **MADE)
+    return content(run)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("fate", FATES)
+def test_a_rank_of_a_campaign_that_fails_ends_the_job_and_the_same_command_finishes_it(
+    cluster: Cluster, checkpoint: Path, made: dict[str, bytes], tmp_path: Path, fate: str
+) -> None:
+    befall, code, told = FATES[fate]
+    words = [part for name, value in MADE.items() for part in (f"--{name}", str(value))]
+
+    def begin() -> str:
+        where = {"HPCGEN_RUN": str(tmp_path)}
+        return sbatch(cluster, 2, "campaign.sh", *words, "--checkpoint", str(checkpoint), flags=("--nodes=1",), **where)
+
+    job = begin()
+    until(lambda: len(list(tmp_path.glob("all-*.h5"))) > 1, 120, tmp_path)
+    befall(pid_of(job, 1))
+    failed(cluster, job, code, timeout_s=60)
+    said = log_of(tmp_path, job, "campaign")
+    assert re.search(told, said) and "Traceback" not in said, said
+    again = begin()
+    assert cluster.wait(again, timeout_s=120) == "COMPLETED", log_of(tmp_path, again, "campaign")
+    assert content(tmp_path) == made
+    assert [name for name in litter(tmp_path) if name != "submit"] == []
 
 
 def test_a_port_that_is_taken_is_passed_over(cluster: Cluster, store: Path, tmp_path: Path) -> None:
@@ -255,6 +311,15 @@ def test_jobs_that_do_not_fit_say_why(cluster: Cluster, store: Path, tmp_path: P
     assert "2 nodes with SLURM_NTASKS_PER_NODE=2 make 4" in (tmp_path / "log").read_text()
 
 
+def test_a_job_of_more_tasks_than_gpus_says_so_once(cluster: Cluster, store: Path, tmp_path: Path) -> None:
+    flags = ("--nodes=2", "--ntasks-per-node=3")
+    job = sbatch(cluster, 2, "train_mp20.sh", flags=flags, HPCGEN_STORE=str(store), HPCGEN_RUN=str(tmp_path))
+    failed(cluster, job, 3)
+    said = "hpcgen: 3 tasks on a node with 2 GPUs: want one task for each GPU, as with --ntasks-per-node=2\n"
+    assert log_of(tmp_path, job) == said
+
+
+@pytest.mark.mpi
 @pytest.mark.parametrize(
     ("plugin", "reason"), [("pmix", "unsupported PMI version PMIx"), ("nope", "Invalid MPI type 'nope'")]
 )
@@ -276,6 +341,7 @@ def test_a_partition_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> No
     assert "the partitions here are high, low" in done.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.mpi
 def test_doctor_examines_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     words = ("doctor", "--nodes", "2", "--json", "--", "--partition=low")
     done = subprocess.run([*HPCGEN, *words], env=environment(cluster), capture_output=True, text=True, cwd=tmp_path)

@@ -156,9 +156,23 @@ def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
     if size == 1:
         return _array_team(env, 0, 1)
     token = comm.bcast(uuid.uuid4().hex[:12], root=0)
+    _remove_names_of_shared_memory()
     team = _array_team(env, comm.Get_rank(), size, token=token, comm=comm)
     _abort_on_uncaught(team)
     return team
+
+
+def _remove_names_of_shared_memory() -> None:
+    """Let MPICH's shared memory, which all ranks of this node have opened by now, go with the last of them.
+
+    Ranks that are killed, or leave without MPI_Finalize, would leave it behind; and as under srun its name comes from
+    the job and the step, the job, when started again, would take what lies there for its own.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            file = line.split(maxsplit=5)[-1]
+            if file.startswith("/dev/shm/mpich_"):
+                Path(file).unlink(missing_ok=True)
 
 
 def _step_team(env: Mapping[str, str]) -> Team:
