@@ -74,6 +74,8 @@ class Watch:
             self._on_fault(json.loads(self._store.get("fault")))
         except RuntimeError:  # no store, no first rank: the collectives say so as well
             self._answered_at = math.inf
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
     def _watch_first(self) -> None:
         """A store whose process is stopped does not answer, and who asks it waits for ever."""
