@@ -8,7 +8,8 @@ of each group alone and finds a few more.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,29 +51,26 @@ class Same:
 
 def find_same(sets: Sets, folder: Path, *, lease: Lease, stop: StopFlag, how: How) -> Path:
     """Find them, or finish what an earlier call began in `folder`; the file that `Same.load` reads."""
+
+    def all_of(what: str, blocks: list[Block], work: Work) -> list[Path]:
+        run_blocks(blocks, work, lease=lease, stop=stop, how=replace(how, label=what)).refuse_failed(
+            folder, len(blocks), what
+        )
+        return [block.path for block in blocks]
+
     formulas, buckets, found = (folder / name for name in ("formulas.npz", "buckets.h5", "same.npz"))
     once(formulas, lambda draft: save_formulas(draft, sets), lease=lease, stop=stop)
     pieces = sets.pieces(min(max((sets.count + sets.known) // _BLOCKS, _PIECE[0]), _PIECE[1]))
     cells = [Block(number, folder / f"cells-{number:05d}.h5", end - start)
              for number, (start, end) in enumerate(pieces)]  # fmt: skip
-    _all(cells, CellBlock(sets, formulas, tuple(pieces)), folder, lease, stop, how, "reducing cells")
-    reduced = [block.path for block in cells]
+    reduced = all_of("reducing cells", cells, CellBlock(sets, formulas, tuple(pieces)))
     once(buckets, lambda draft: save_buckets(draft, sets, formulas, reduced), lease=lease, stop=stop)
     bounds = shares(buckets, _BLOCKS)
     blocks = [Block(number, folder / f"same-{number:05d}.npz", end - start)
-              for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))]  # fmt: skip
-    _all(blocks, SameBlock(buckets, sets.count, tuple(bounds)), folder, lease, stop, how, "comparing crystals")
-    parts = [block.path for block in blocks]
+              for number, (start, end) in enumerate(pairwise(bounds))]  # fmt: skip
+    parts = all_of("comparing crystals", blocks, SameBlock(buckets, sets.count, tuple(bounds)))
     once(found, lambda draft: _save_same(draft, sets, formulas, reduced, parts), lease=lease, stop=stop)
     return found
-
-
-def _all(
-    blocks: list[Block], work: Work, folder: Path, lease: Lease, stop: StopFlag, how: How, what: str
-) -> None:
-    outcome = run_blocks(blocks, work, lease=lease, stop=stop,
-                         how=How(how.processes, how.preload, how.item_timeout_s, label=what))  # fmt: skip
-    outcome.refuse_failed(folder, len(blocks), what)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,9 @@ two nearest of the bins, so that the fingerprint moves smoothly with the atoms. 
 in common at a common distance.
 """
 
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
-from scipy.sparse import csr_array, load_npz, vstack
+from scipy.sparse import csr_array, vstack
 
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import FLAT
@@ -25,6 +21,7 @@ REACH = 3.0  # (V/N)^(1/3); some 113 neighbours
 BINS = 20
 _ELEMENTS = 119
 _TOGETHER = 1024  # crystals at a time, some 100 MB of edges
+_ROWS = 64  # compared at a time with all others
 
 
 def fingerprints(crystals: Crystals) -> csr_array:
@@ -76,23 +73,18 @@ def nearest(one: csr_array, other: csr_array) -> tuple[np.ndarray, np.ndarray]:
     """
     place, best = np.zeros(one.shape[0], dtype=np.int64), np.full(one.shape[0], np.nan)
     size, known, turned = squares(one), squares(other), csr_array(other.T)
-    for row in range(one.shape[0]):
-        if size[row] == 0:
-            continue
-        product = one[[row]] @ turned
+    best[size > 0] = 0.0
+    for start in range(0, one.shape[0], _ROWS):
+        product = one[start : start + _ROWS] @ turned
+        row = start + np.repeat(np.arange(product.shape[0]), np.diff(product.indptr))
         alike = product.data / (size[row] + known[product.indices] - product.data)
-        best[row] = alike.max(initial=0.0)
-        if len(alike):
-            place[row] = product.indices[alike == best[row]].min()
+        np.maximum.at(best, row, alike)
+        first = np.flatnonzero(alike == best[row])
+        place[row[first]] = other.shape[0]
+        np.minimum.at(place, row[first], product.indices[first])
     return place, best
 
 
 def squares(rows: csr_array) -> np.ndarray:
     """(B, F) -> (B,) lengths squared."""
     return np.asarray(rows.multiply(rows).sum(axis=1)).ravel()
-
-
-@lru_cache(maxsize=1)
-def load_all(paths: tuple[Path, ...]) -> Any:
-    """Fingerprints in several files as one, kept for the next call."""
-    return csr_array(vstack([load_npz(path) for path in paths]))
