@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import io
+import itertools
 import json
 import shutil
 import time
@@ -14,9 +16,12 @@ from typing import Any
 
 from hpcgen.campaign.config import SUMMARY
 from hpcgen.campaign.measure import MeasureBlock, control_rows, header
+from hpcgen.campaign.novelty import measure_novelty, screened
 from hpcgen.campaign.pairs import INDEX, Pairs, campaign_of, lines_of, pair
 from hpcgen.errors import InputError, UsageError
 from hpcgen.files import make_folder, whole, write_json
+from hpcgen.metrics import novelty
+from hpcgen.metrics.cells import Sets
 from hpcgen.metrics.match import Comparison
 from hpcgen.metrics.summary import DEFINITIONS, Table, generate_figures, predict_figures, validity_figures
 from hpcgen.runner.blocks import Block, How, once, run_blocks
@@ -29,7 +34,8 @@ from hpcgen.store.read import Store
 TASKS = ("generate", "predict")
 LATER = ("reconstruct", "optimize")
 CONTROL = 2000  # crystals of the reference that the control looks at
-PRELOAD = ("hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher", "ase.data")
+PRELOAD = ("hpcgen.campaign.novelty", "hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher", "ase.data",
+           "scipy.optimize")  # fmt: skip
 _VERSIONS = ("hpcgen", "pymatgen", "pymatgen-core", "ase", "torch", "numpy")
 
 
@@ -43,8 +49,9 @@ class Request:
     task: str = "generate"
     pair: str | None = None  # target, composition; None: target where the run has that column
     limit: int | None = None  # the first crystals only
-    seed: int = 0  # of the control
+    seed: int = 0  # of the control and of the intervals
     pair_timeout_s: float = 60.0
+    novelty: bool = True  # generate: unique, novel, stable
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -86,10 +93,17 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
     make_folder(work)
     with StopFlag() as stop, Lease.take(work, team) as lease:
         blocks = _measure(request, reference, counts, work, lease, stop, processes)
+        more = None
+        if request.novelty and request.task == "generate" and counts.written:
+            sets = Sets(request.run, counts.written, request.reference, request.split, len(reference or ()))
+            how = How(processes, PRELOAD, request.pair_timeout_s)
+            more = measure_novelty(sets, work, lease=lease, stop=stop, how=how)
 
         def finish(draft: Path) -> None:
-            _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", lease.token)
-            write_json(out, {**_told(request, counts, work, out.with_suffix(".csv")), **making}, token=lease.token)
+            _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", more, lease.token)
+            known = None if reference is None else len(reference)
+            told = _told(request, counts, known, work, out.with_suffix(".csv"))
+            write_json(out, {**told, **making}, token=lease.token)
             write_json(draft, {"done": True})
 
         once(work / "done.json", finish, lease=lease, stop=stop)
@@ -113,8 +127,8 @@ class _Counts:
     lines: int | None = None  # compositions that a campaign was asked for; None: no such campaign
 
 
-def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> dict[str, Any]:
-    """All that is to be said of an evaluation, from its table, beside what made it."""
+def _told(request: Request, counts: _Counts, known: int | None, work: Path, table_file: Path) -> dict[str, Any]:
+    """All that is to be said of an evaluation, from its table, beside what made it. known: crystals of reference."""
     table, paired = Table(_read(table_file)), None
     figures = {"validity": validity_figures(table, counts.asked)}
     if request.task == "predict":
@@ -124,18 +138,25 @@ def _told(request: Request, counts: _Counts, work: Path, table_file: Path) -> di
         paired = pairs.by
     else:
         figures |= generate_figures(table)
+    if (work / "novelty.csv").exists():
+        figures["novelty"] = novelty.novelty_figures(
+            novelty.Verdicts(_read(table_file)), counts.asked, request.seed,
+            compared=request.reference is not None, units=screened(request.run),
+        )  # fmt: skip
     control = json.loads((work / "control.json").read_text(encoding="utf-8"))
     return {
         "task": request.task,
         "run": str(request.run),
         "reference": _named(request),
+        "reference_crystals": known,
         **asdict(counts),
         "not_measured": dict(sorted(table.reasons.items())),
         "paired": paired,
         "figures": figures,
         "control": control,
-        "definitions": DEFINITIONS,
-        "tolerances": {"match": asdict(Comparison().tolerances), "strict": asdict(Comparison().strict)},
+        "definitions": DEFINITIONS | (novelty.DEFINITIONS if "novelty" in figures else {}),
+        "tolerances": {"match": asdict(Comparison().tolerances), "strict": asdict(Comparison().strict)}
+        | ({"same": novelty.tolerances()} if "novelty" in figures else {}),
         "table": table_file.name,
     }
 
@@ -258,13 +279,25 @@ def _finished(out: Path, making: str) -> dict[str, Any] | None:
     return None
 
 
-def _write_table(path: Path, blocks: list[Block], predicts: bool, token: str) -> None:
-    """All blocks as one CSV file under a header."""
+def _write_table(path: Path, blocks: list[Block], predicts: bool, more: Path | None, token: str) -> None:
+    """All blocks as one CSV file under a header, with the columns of the file `more` behind those of the blocks."""
+    names = header(predicts) + list(novelty.COLUMNS if more else ())
     with whole(path, token=token) as draft, draft.open("wb") as file:
-        file.write((",".join(header(predicts)) + "\n").encode())
-        for block in blocks:
-            with block.path.open("rb") as part:
-                shutil.copyfileobj(part, file)
+        file.write((",".join(names) + "\n").encode())
+        if more is None:
+            for block in blocks:
+                with block.path.open("rb") as part:
+                    shutil.copyfileobj(part, file)
+        else:
+            own = itertools.chain.from_iterable(_lines(block.path) for block in blocks)
+            with io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True) as text:
+                rows = ([*one, *other] for one, other in zip(own, _lines(more), strict=True))
+                csv.writer(text, lineterminator="\n").writerows(rows)
+
+
+def _lines(part: Path) -> Iterator[list[str]]:
+    with part.open(encoding="utf-8", newline="") as file:
+        yield from csv.reader(file)
 
 
 def _read(table: Path) -> Iterator[dict[str, str]]:

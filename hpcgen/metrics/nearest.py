@@ -1,5 +1,6 @@
 """The crystal of a reference that is most like each crystal of a run, by the periodic Tanimoto similarity."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +25,15 @@ class Nearest:
     place: np.ndarray  # (N,) in the reference
     similarity: np.ndarray  # (N,) 0 to 1, NaN for a crystal without neighbours that could be counted
 
+    @staticmethod
+    def load(paths: Sequence[Path]) -> "Nearest":
+        """What `find_nearest` wrote."""
+        parts = [np.load(path) for path in paths]
+        return Nearest(*(np.concatenate([part[name] for part in parts]) for name in Nearest.__dataclass_fields__))
 
-def find_nearest(sets: Sets, folder: Path, *, lease: Lease, stop: StopFlag, how: How) -> Nearest:
-    """Find them, or finish what an earlier call began in `folder`."""
+
+def find_nearest(sets: Sets, folder: Path, *, lease: Lease, stop: StopFlag, how: How) -> list[Path]:
+    """Find them, or finish what an earlier call began in `folder`; the files that `Nearest.load` reads."""
     pieces = sets.pieces(_PIECE)
     own = [piece for piece in pieces if piece[0] < sets.count]
     known = [
@@ -43,8 +50,7 @@ def find_nearest(sets: Sets, folder: Path, *, lease: Lease, stop: StopFlag, how:
     ):
         outcome = run_blocks(blocks, work, lease=lease, stop=stop, how=replace(how, label=what))
         outcome.refuse_failed(folder, len(blocks), what)
-    parts = [np.load(block.path) for block in asked]
-    return Nearest(*(np.concatenate([part[name] for part in parts]) for name in ("place", "similarity")))
+    return [block.path for block in asked]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ of each group alone and finds a few more.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,6 @@ STANDARD = Matcher()  # pymatgen's own: ltol 0.2, stol 0.3, angle_tol 5
 STRICT = Matcher(ltol=0.1, stol=0.15, angle_tol=2.5)  # half of each
 MATCHERS = {"standard": STANDARD, "strict": STRICT}
 NONE = -1
-PRELOAD = ("hpcgen.metrics.same", "pymatgen.core.structure_matcher")
 _BLOCKS = 512
 _PIECE = (64, 2048)  # crystals reduced as one block
 
@@ -39,7 +38,8 @@ class Same:
 
     earlier: np.ndarray  # (N, T) number of the earlier crystal found the same, NONE for a crystal that is unique
     known: np.ndarray  # (N, T) place in the reference of the crystal found the same, NONE
-    compared: np.ndarray  # (N, T) bool; False where pymatgen failed or took too long and no match was found
+    compared: np.ndarray  # (N, 2, T) bool, with the run and with the reference; False where a comparison failed or took
+    # too long, and no other one matched
     unknown: np.ndarray  # (N,) bool, an element that the reference lacks
 
     @staticmethod
@@ -85,13 +85,13 @@ class SameBlock:
     def __call__(self, block: Block, draft: Path, cursor: Cursor) -> dict[str, int | float]:
         start, end = self.bounds[block.index : block.index + 2]
         some = Buckets.load(self.buckets, start, end)
-        search = Search(some, self.matchers, cursor)
+        search = Search(some, cursor)
         items = [at for at in range(start - some.first, end - some.first) if some.place[at] < self.count]
         found = np.full((len(items), 2, len(self.matchers)), NONE, dtype=np.int64)
-        failed = np.zeros((len(items), len(self.matchers)), dtype=bool)
+        failed = np.zeros(found.shape, dtype=bool)
         for row, at in enumerate(items):
-            for t in range(len(self.matchers)):
-                found[row, :, t], failed[row, t] = search.same_as(at, t, item=at + some.first - start)
+            for t, matcher in enumerate(self.matchers):
+                found[row, :, t], failed[row, :, t] = search.same_as(at, matcher, item=at + some.first - start)
         cursor.rest()
         with draft.open("wb") as file:
             np.savez(file, place=some.place[items], found=found, failed=failed)
@@ -101,42 +101,42 @@ class SameBlock:
 class Search:
     """Looks in the bucket of a crystal for what matches it, those of the nearest volume per atom first."""
 
-    def __init__(self, some: Buckets, matchers: Sequence[Matcher], cursor: Cursor) -> None:
-        self.some, self.matchers, self.cursor = some, matchers, cursor
+    def __init__(self, some: Buckets, cursor: Cursor) -> None:
+        self.some, self.cursor = some, cursor
         self.cells = outlines(some.crystals)
         self.minima = np.array([each.minima for each in self.cells]).reshape(-1, 3)
         self.volume = np.log((some.crystals.volume / some.crystals.num_atoms).numpy())
         self.pairs = 0
 
-    def same_as(self, at: int, t: int, item: int) -> tuple[tuple[int, int], bool]:
-        """Numbers of an earlier crystal and of one of the reference that match the one at `at`; whether any failed."""
-        bucket, begin = (int(bounds[at]) - self.some.first for bounds in (self.some.bucket, self.some.begin))
-        failed = False
-        found = []
-        for first, end in ((begin, at), (bucket, begin)):
-            match, fault = self._first(at, first, end, t, item)
-            found.append(match)
-            failed |= fault and match == NONE
-        return (found[0], found[1]), failed
+    def same_as(self, at: int, matcher: Matcher, item: int) -> tuple[list[int], list[bool]]:
+        """Numbers of an earlier crystal and of one of the reference that match the one at `at`; which of both failed.
 
-    def _first(self, at: int, first: int, end: int, t: int, item: int) -> tuple[int, bool]:
+        item: what the cursor knows it by.
+        """
+        bucket, begin = (int(bounds[at]) - self.some.first for bounds in (self.some.bucket, self.some.begin))
+        found = [self._first(at, matcher, span, item) for span in (range(begin, at), range(bucket, begin))]
+        return [match for match, _ in found], [failed for _, failed in found]
+
+    def _first(self, at: int, matcher: Matcher, span: range, item: int) -> tuple[int, bool]:
+        """Number of the first in `span` that matches; else NONE, and whether a comparison failed."""
         failed = False
-        for other in self._candidates(at, first, end, self.matchers[t].ltol):
+        for other in self._candidates(at, matcher.ltol, span):
             self.cursor.at(item)
             if item in self.cursor.culprits:
                 return NONE, True
             self.pairs += 1
             try:
-                if self.matchers[t].same(self.cells[other], self.cells[at]):
+                if matcher.same(self.cells[other], self.cells[at]):
                     return int(self.some.place[other]), False
             except (ValueError, ArithmeticError, LookupError, RuntimeError):  # pymatgen's own
                 failed = True
         return NONE, failed
 
-    def _candidates(self, at: int, first: int, end: int, ltol: float) -> Iterator[int]:
-        short = first + np.flatnonzero(short_enough(self.minima[first:end], self.cells[at].lengths, ltol))
-        order = np.argsort(np.abs(self.volume[short] - self.volume[at]), kind="stable")
-        yield from short[order].tolist()
+    def _candidates(self, at: int, ltol: float, span: range) -> list[int]:
+        short = short_enough(self.minima[span.start : span.stop], self.cells[at].lengths, ltol)
+        places = span.start + np.flatnonzero(short)
+        order = np.argsort(np.abs(self.volume[places] - self.volume[at]), kind="stable")
+        return places[order].tolist()
 
 
 def _save_same(draft: Path, sets: Sets, formulas: Path, reduced: Sequence[Path], parts: Sequence[Path]) -> None:
@@ -144,7 +144,7 @@ def _save_same(draft: Path, sets: Sets, formulas: Path, reduced: Sequence[Path],
     with np.load(formulas) as told:
         unknown = told["unknown"]
     found = np.full((sets.count, 2, len(MATCHERS)), NONE, dtype=np.int64)
-    failed = np.zeros((sets.count, len(MATCHERS)), dtype=bool)
+    failed = np.zeros(found.shape, dtype=bool)
     for path in parts:
         with np.load(path) as told:
             found[told["place"]], failed[told["place"]] = told["found"], told["failed"]

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from hpcgen.metrics.novelty import novelty_lines
+
 RULES = {
     "distances": "pairs 0.5 Å apart (CDVAE)",
     "distances_with_images": "own images too",
@@ -198,6 +200,8 @@ def render(told: Mapping[str, Any]) -> str:
         lines += ["", f"{'formulas':<13} {unique}"]
         if told["written"]:
             lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {atoms['mean']:.2f}")
+        if "novelty" in figures:
+            lines += ["", *novelty_lines(told)]
     return "\n".join(lines)
 
 
