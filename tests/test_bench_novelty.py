@@ -120,10 +120,9 @@ def test_cost_grows_with_the_number(tmp_path: Path) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         told = ", ".join(f"{what} {spent:.0f} s" for what, spent in seconds.items())
-        shares = [f"{(rows[:, 0] == NONE).mean():.3f}" for rows in (same.earlier, same.known)]
-        print(
-            f"\n{count:,} against {len(known):,}: {told}, {cpu:.0f} s of processors; unique {shares[0]}, novel {shares[1]}"
-        )
+        unique, novel = ((rows[:, 0] == NONE).mean() for rows in (same.earlier, same.known))
+        print(f"\n{count:,} against {len(known):,}: {told}, {cpu:.0f} s of processors")
+        print(f"unique {unique:.3f}, novel {novel:.3f}")
 
 
 def test_many_of_one_formula(tmp_path: Path) -> None:
