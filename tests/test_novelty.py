@@ -31,7 +31,7 @@ from hpcgen.crystal.convert import from_pymatgen, to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import niggli_reduce
 from hpcgen.crystal.match import Matcher, reduced_cell
-from hpcgen.crystal.outline import outlines, short_enough
+from hpcgen.crystal.outline import minima, outlines, short_enough, sides
 from hpcgen.metrics import same as same_module
 from hpcgen.metrics.bootstrap import mean_interval, share_interval
 from hpcgen.metrics.cells import Buckets, Sets, bucket_sizes, shares
@@ -119,10 +119,12 @@ def test_the_minima_part_nothing_that_maps() -> None:
     """Every basis of a lattice that is like another cell keeps the bound; some pairs break it."""
     cells, _ = niggli_reduce(random_cells(60, seed=8, skew=1, rounds=2))
     some = outlines(random_crystals(cells, seed=8))
-    minima = np.array([each.minima for each in some])
-    assert np.allclose(minima, np.sort([each.lengths for each in some]), rtol=1e-6)  # the sides of a Niggli cell
+    least = minima(cells.numpy())
+    assert np.allclose(least, np.sort(sides(cells.numpy())), rtol=1e-6)  # the sides of a Niggli cell
+    sheared = (SHEAR.double() @ SHEAR.mT.double() @ cells).numpy()
+    assert np.allclose(minima(sheared), least) and not np.allclose(np.sort(sides(sheared)), least)
     for matcher in (STANDARD, PEERS):
-        allowed = np.array([short_enough(minima, each.lengths, matcher.ltol) for each in some]).T
+        allowed = np.array([short_enough(least, each.lengths, matcher.ltol) for each in some]).T
         plain = [structure.lattice for structure in to_pymatgen(random_crystals(cells, seed=8))]
         plain = [type(lattice)(lattice.matrix / lattice.volume ** (1 / 3)) for lattice in plain]
         for i, j in itertools.product(range(0, 60, 6), range(60)):

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from pymatgen.core import Lattice
 
 SLACK = 1e-6  # relative, in lengths and coordinates, and in degrees: what rounding may not decide
+_SUMS = np.array([[1, 1, 0], [-1, 1, 0], [1, 0, 1], [-1, 0, 1], [0, 1, 1], [0, -1, 1],
+                  [1, 1, 1], [1, -1, 1], [-1, 1, 1], [-1, -1, 1]])  # of the sides a <= b <= c  # fmt: skip
+_OF = [1, 1, 2, 2, 2, 2, 2, 2, 2, 2]  # the longest side in each
 _FAR = 1e10  # a squared distance that stands for a pair that may not be made
 
 
@@ -42,7 +45,6 @@ class Outline:
     numbers: np.ndarray  # (N,)
     lengths: np.ndarray  # (3,)
     angles: np.ndarray  # (3,) degrees alpha, beta, gamma
-    minima: np.ndarray  # (3,) successive minima of the lattice, ascending
     _reach: float = 0.0  # how far the points found go
     _found: tuple[np.ndarray, np.ndarray, np.ndarray] = field(default=(), repr=False)  # type: ignore[assignment]
 
@@ -61,15 +63,37 @@ def outlines(crystals: Crystals) -> list[Outline]:
     lattices, frac = crystals.lattice.double().numpy(), crystals.frac_coords.double().numpy()
     numbers, ptr = crystals.atomic_numbers.numpy(), crystals.ptr.tolist()
     return [
-        _outline(lattice, frac[first:end], numbers[first:end])
+        outline(lattice, frac[first:end], numbers[first:end])
         for lattice, first, end in zip(lattices, ptr, ptr[1:], strict=False)
     ]
 
 
-def _outline(lattice: np.ndarray, frac: np.ndarray, numbers: np.ndarray) -> Outline:
+def outline(lattice: np.ndarray, frac: np.ndarray, numbers: np.ndarray) -> Outline:
+    """Of one reduced crystal. (3, 3) Å, (N, 3), (N,)."""
     cell = lattice / abs(np.linalg.det(lattice)) ** (1 / 3)
-    lengths = np.linalg.norm(cell, axis=1)
-    return Outline(cell, frac, numbers, lengths, _angles(cell[None])[0], _minima(cell, float(lengths.max())))
+    return Outline(cell, frac, numbers, np.linalg.norm(cell, axis=1), _angles(cell[None])[0])
+
+
+def sides(lattices: np.ndarray) -> np.ndarray:
+    """Lengths of the cells' sides, volumes scaled to 1. (M, 3, 3) -> (M, 3)."""
+    return np.linalg.norm(lattices, axis=-1) / np.cbrt(np.abs(np.linalg.det(lattices)))[:, None]
+
+
+def minima(lattices: np.ndarray) -> np.ndarray:
+    """Successive minima of the lattices, volumes scaled to 1. (M, 3, 3) -> (M, 3) ascending.
+
+    Of a cell a, b, c that is reduced as Minkowski has it, none of b ± a, c ± a, c ± b, c ± a ± b being shorter than its
+    first term (a <= b <= c), they are the sides. Others are searched point by point.
+    """
+    cells = lattices / np.cbrt(np.abs(np.linalg.det(lattices)))[:, None, None]
+    order = np.argsort(np.linalg.norm(cells, axis=-1), axis=1)
+    cells = np.take_along_axis(cells, order[:, :, None], axis=1)
+    found = np.linalg.norm(cells, axis=-1)
+    sums = np.linalg.norm(_SUMS @ cells, axis=-1)  # (M, 10)
+    reduced = (sums >= found[:, _OF] * (1 - 1e-9)).all(1)
+    for k in np.flatnonzero(~reduced).tolist():
+        found[k] = _minima(cells[k], float(found[k].max()))
+    return found
 
 
 def _angles(cells: np.ndarray) -> np.ndarray:
@@ -99,9 +123,9 @@ def _minima(cell: np.ndarray, radius: float) -> np.ndarray:
     return np.linalg.norm(np.array([first, second, third]) @ cell, axis=1)
 
 
-def short_enough(minima: np.ndarray, lengths: np.ndarray, ltol: float) -> np.ndarray:
+def short_enough(least: np.ndarray, lengths: np.ndarray, ltol: float) -> np.ndarray:
     """Whether lattices of these minima (M, 3) may map onto a cell of these side lengths (3,), volumes 1. (M,) bool."""
-    return np.all(minima < (1 + ltol) * (1 + SLACK) * np.sort(lengths), axis=1)
+    return np.all(least < (1 + ltol) * (1 + SLACK) * np.sort(lengths), axis=1)
 
 
 def same(one: Outline, other: Outline, ltol: float, stol: float, angle_tol: float) -> bool:

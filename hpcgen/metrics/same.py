@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcgen.crystal.match import Matcher
-from hpcgen.crystal.outline import outlines, short_enough
+from hpcgen.crystal.outline import Outline, minima, outline, short_enough, sides
 from hpcgen.metrics.cells import Buckets, CellBlock, Sets, save_buckets, save_formulas, shares
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import Lease
@@ -103,9 +103,10 @@ class Search:
 
     def __init__(self, some: Buckets, cursor: Cursor) -> None:
         self.some, self.cursor = some, cursor
-        self.cells = outlines(some.crystals)
-        self.minima = np.array([each.minima for each in self.cells]).reshape(-1, 3)
+        lattices = some.crystals.lattice.numpy()
+        self.minima, self.sides = minima(lattices), sides(lattices)
         self.volume = np.log((some.crystals.volume / some.crystals.num_atoms).numpy())
+        self._cells: dict[int, Outline] = {}
         self.pairs = 0
 
     def same_as(self, at: int, matcher: Matcher, item: int) -> tuple[list[int], list[bool]]:
@@ -126,14 +127,25 @@ class Search:
                 return NONE, True
             self.pairs += 1
             try:
-                if matcher.same(self.cells[other], self.cells[at]):
+                if matcher.same(self._cell(other), self._cell(at)):
                     return int(self.some.place[other]), False
             except (ValueError, ArithmeticError, LookupError, RuntimeError):  # pymatgen's own
                 failed = True
         return NONE, failed
 
+    def _cell(self, at: int) -> Outline:
+        if at not in self._cells:
+            crystals = self.some.crystals
+            atoms = slice(*crystals.ptr[at : at + 2].tolist())
+            self._cells[at] = outline(
+                crystals.lattice[at].numpy(),
+                crystals.frac_coords[atoms].numpy(),
+                crystals.atomic_numbers[atoms].numpy(),
+            )
+        return self._cells[at]
+
     def _candidates(self, at: int, ltol: float, span: range) -> list[int]:
-        short = short_enough(self.minima[span.start : span.stop], self.cells[at].lengths, ltol)
+        short = short_enough(self.minima[span.start : span.stop], self.sides[at], ltol)
         places = span.start + np.flatnonzero(short)
         order = np.argsort(np.abs(self.volume[places] - self.volume[at]), kind="stable")
         return places[order].tolist()
