@@ -5,7 +5,6 @@ HPCGEN_BENCH_N: the numbers of crystals, as 1000,10000,100000; HPCGEN_BENCH_STOR
 
 import itertools
 import os
-import resource
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -21,7 +20,7 @@ from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.metrics.cells import Sets
 from hpcgen.metrics.nearest import find_nearest
-from hpcgen.metrics.same import MATCHERS, NONE, STANDARD, Same, find_same
+from hpcgen.metrics.same import MATCHERS, NONE, Same, find_same
 from hpcgen.runner.blocks import How
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
@@ -115,13 +114,10 @@ def test_cost_grows_with_the_number(tmp_path: Path) -> None:
     reference = store(tmp_path / "known", known)
     for count in NUMBERS:
         run = store(tmp_path / f"run{count}", mixed(count, known))
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         same, seconds = found(Sets(run, count, reference, None, len(known)), tmp_path / f"w{count}")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         told = ", ".join(f"{what} {spent:.0f} s" for what, spent in seconds.items())
         unique, novel = ((rows[:, 0] == NONE).mean() for rows in (same.earlier, same.known))
-        print(f"\n{count:,} against {len(known):,}: {told}, {cpu:.0f} s of processors")
+        print(f"\n{count:,} against {len(known):,}: {told}")
         print(f"unique {unique:.3f}, novel {novel:.3f}")
 
 
@@ -132,4 +128,3 @@ def test_many_of_one_formula(tmp_path: Path) -> None:
         run = many_shaken(known[torch.zeros(count, dtype=torch.int64)], torch.full((count,), 0.4), seed=1)
         same, seconds = found(Sets(store(tmp_path / f"run{count}", run), count), tmp_path / f"w{count}")
         print(f"\n{count:,} of one formula: {seconds['same']:.0f} s, {(same.earlier[:, 0] == NONE).sum()} unique")
-    assert STANDARD.ltol == 0.2
