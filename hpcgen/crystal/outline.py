@@ -146,9 +146,11 @@ def same(one: Outline, other: Outline, ltol: float, stol: float, angle_tol: floa
     for mapping, some in groupby(meetings, key=itemgetter(0)):
         unit = cells.unit[mapping]
         lattice = Lattice.from_parameters(*cells.lengths[mapping], *cells.angles[mapping])
-        near = 2 * stol * unit * np.array(lattice.get_lll_reduced_lattice().reciprocal_lattice_crystallographic.abc)
+        short = lattice.get_lll_reduced_lattice()
+        turn = lattice.matrix @ short.inv_matrix  # of fractional coordinates
+        near = 2 * stol * unit * np.linalg.norm(short.inv_matrix, axis=0)  # times the reciprocal vectors
         for _, shift in some:
-            if _farthest(lattice, near, other.frac + shift, frac[mapping], kind) < stol * unit:
+            if _farthest(lattice, turn, near, other.frac + shift, frac[mapping], kind) < stol * unit:
                 return True
     return False
 
@@ -175,7 +177,7 @@ def _mappings(one: Outline, other: Outline, ltol: float, angle_tol: float) -> np
 
 @dataclass(frozen=True)
 class _Cells:
-    """M cells of mean lengths and angles. NaN where these make no cell."""
+    """M cells of mean lengths and angles."""
 
     lengths: np.ndarray  # (M, 3)
     angles: np.ndarray  # (M, 3) degrees
@@ -184,12 +186,15 @@ class _Cells:
 
 
 def _mean_cells(cells: np.ndarray, other: Outline) -> _Cells:
-    """Between each of the cells (M, 3, 3) and that of `other`."""
+    """Between each of the cells (M, 3, 3) and that of `other`.
+
+    The angles that make a cell are a convex set, no one above the sum of the others and all below 360° together, so the
+    means of two cells make one.
+    """
     lengths = (np.linalg.norm(cells, axis=-1) + other.lengths) / 2
     angles = (_angles(cells) + other.angles) / 2
     cosine, sine = np.cos(np.deg2rad(angles)), np.sin(np.deg2rad(angles))
-    with np.errstate(invalid="ignore"):
-        share = np.sqrt(1 - (cosine**2).sum(1) + 2 * cosine.prod(1))  # volume over a b c
+    share = np.sqrt(1 - (cosine**2).sum(1) + 2 * cosine.prod(1))  # volume over a b c
     unit = np.cbrt(lengths.prod(1) * share / len(other.frac))
     return _Cells(lengths, angles, sine / lengths / share[:, None], unit)  # |a*| = b c sin(alpha) / V
 
@@ -213,16 +218,21 @@ def _meetings(
     yield from zip(mapping.tolist(), shifts, strict=True)
 
 
-def _farthest(lattice: "Lattice", near: np.ndarray, sites: np.ndarray, onto: np.ndarray, kind: np.ndarray) -> float:
+def _farthest(
+    lattice: "Lattice", turn: np.ndarray, near: np.ndarray, sites: np.ndarray, onto: np.ndarray, kind: np.ndarray
+) -> float:
     """Largest distance between sites (N, 3) and those (N, 3) that they are paired with; inf where there is no pairing.
 
-    Pairs are not made where they differ by more than near (3,) in a fractional coordinate of the LLL-reduced cell.
+    Pairs are not made where they differ by more than near (3,) in a fractional coordinate of the LLL-reduced cell, to
+    which `turn` (3, 3) leads.
     """
     from pymatgen.util.coord import pbc_shortest_vectors
     from scipy.optimize import linear_sum_assignment
 
-    step = lattice.get_lll_frac_coords(onto)[None, :] - lattice.get_lll_frac_coords(sites)[:, None]
+    step = (onto[None, :] - sites[:, None]) @ turn
     apart = (np.abs(step - np.round(step)) > near).any(-1)
+    if (apart | ~kind).all(1).any():
+        return np.inf
     steps, squares = pbc_shortest_vectors(lattice, sites, onto, (apart | ~kind).astype(np.int64), return_d2=True)
     rows, columns = linear_sum_assignment(squares)
     if squares[rows, columns].max() > _FAR:
