@@ -123,7 +123,7 @@ def test_cost_grows_with_the_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0.1, 0.4])
 def test_many_of_one_formula(tmp_path: Path, size: float) -> None:
-    """One crystal shaken: by 0.1 Å all are the same, by 0.4 Å few are, and every pair of cells maps: the dearest case."""
+    """One crystal shaken: by 0.1 Å all are the same, by 0.4 Å few are; every pair of cells maps, the dearest case."""
     known = real().rows([0]).crystals
     for count in (50, 100, 200):
         run = many_shaken(known[torch.zeros(count, dtype=torch.int64)], torch.full((count,), size), seed=1)
