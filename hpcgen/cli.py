@@ -282,7 +282,9 @@ def _campaign(arguments: argparse.Namespace) -> int:
 def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate = verbs.add_parser("evaluate", help="metrics of a run: validity, or match rate against known crystals")
     evaluate.add_argument("evaluated", type=Path, metavar="RUN", help="a campaign's folder, or any store")
-    evaluate.add_argument("--reference", type=Path, metavar="STORE", help="known crystals: targets, and the control")
+    evaluate.add_argument(
+        "--reference", type=Path, metavar="STORE", help="known crystals: targets, what is not novel, and the control"
+    )
     evaluate.add_argument("--split", help="of the reference: train, val, test (default: all)")
     evaluate.add_argument("--task", default="generate", help="generate (default) or predict")
     evaluate.add_argument("--pair", choices=("target", "composition"),
@@ -292,7 +294,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
                           "crystals goes beside it as CSV")  # fmt: skip
     evaluate.add_argument("--processes", type=int, metavar="P", help="worker processes (default: all usable cores)")
     evaluate.add_argument("--limit", type=int, metavar="N", help="the first N crystals only")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the control and of the samples")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the control, the samples and the intervals")
     evaluate.add_argument("--pair-timeout", type=float, default=60.0, metavar="S",
                           help="seconds one match or one fingerprint may take")  # fmt: skip
     evaluate.add_argument("--no-coverage", dest="coverage", action="store_false",
@@ -301,6 +303,8 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--energy", action="store_true", help="and energies by CHGNet (pip install 'hpcgen[mlip]')")
     evaluate.add_argument("--samples", type=int, default=1000, metavar="N",
                           help="valid crystals whose spread is compared (default: 1000)")  # fmt: skip
+    evaluate.add_argument("--no-novelty", dest="novelty", action="store_false", help="generate: leave out which "
+                          "crystals are unique, novel and stable")  # fmt: skip
     evaluate.set_defaults(run=_evaluate, resumable=True, job=_evaluate_job)
 
 
@@ -321,7 +325,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     request = Request(
         arguments.evaluated, arguments.reference, arguments.split, arguments.task, arguments.pair, arguments.limit,
         arguments.seed, arguments.pair_timeout, arguments.coverage, arguments.cut_offs, arguments.energy,
-        arguments.samples,
+        arguments.samples, arguments.novelty,
     )  # fmt: skip
     with find_team() as team:
         found = evaluate(request, arguments.json, team, arguments.processes)

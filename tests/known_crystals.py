@@ -132,6 +132,14 @@ def shaken(of: Crystals, size: float, seed: int = 0, strain: float = 0.0) -> Cry
     return Crystals(wrap(frac), of.lattice @ warp, of.atomic_numbers, of.num_atoms)
 
 
+def many_shaken(of: Crystals, sizes: Tensor, seed: int = 0) -> Crystals:
+    """Sites of each crystal moved by normal steps of its size. sizes (B,) Å."""
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.randn(of.frac_coords.shape, generator=generator, dtype=torch.float64) * sizes[of.batch][:, None]
+    frac = of.frac_coords + torch.einsum("ai,aij->aj", step, torch.linalg.inv(of.lattice)[of.batch])
+    return Crystals(wrap(frac), of.lattice, of.atomic_numbers, of.num_atoms)
+
+
 def in_larger_cell(of: Crystals, transform: Tensor) -> Crystals:
     """One crystal in the cell transform @ lattice, transform (3, 3) integer."""
     structure = to_pymatgen(of)[0].make_supercell(transform.tolist(), in_place=False)

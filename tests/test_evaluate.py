@@ -28,6 +28,7 @@ from hpcgen.campaign.targets import targets_of
 from hpcgen.config import to_yaml
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.metrics.novelty import COLUMNS as NOVELTY
 from hpcgen.metrics.summary import Table, condition_figures, predict_figures, render
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.lease import Lease
@@ -142,7 +143,7 @@ def test_predict(run: Path, reference: Path) -> None:
 def test_generate(run: Path, reference: Path, tmp_path: Path) -> None:
     told = done(Request(run, reference), tmp_path / "deep" / "g.json")
     rows = table(tmp_path / "deep" / "g.csv")
-    assert list(rows[0]) == header(False) and len(rows) == 18
+    assert list(rows[0]) == [*header(False), *NOVELTY] and len(rows) == 18
     for rule in ("distances", "distances_with_images", "radii", "composition"):
         kept = sum(row[rule] == "1" for row in rows)
         assert told["figures"]["validity"][rule] == {"count": kept, "of": 21, "share": kept / 21}

@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import io
+import itertools
 import json
 import shutil
 import time
@@ -18,9 +20,12 @@ from hpcgen.campaign.config import SUMMARY
 from hpcgen.campaign.describe import Side, describe
 from hpcgen.campaign.likeness import Likeness
 from hpcgen.campaign.measure import MeasureBlock, control_rows, header
+from hpcgen.campaign.novelty import measure_novelty, screened
 from hpcgen.campaign.pairs import BY_COMPOSITION, INDEX, Pairs, campaign_of, lines_of, pair
 from hpcgen.errors import InputError, UsageError
 from hpcgen.files import make_folder, whole, write_json
+from hpcgen.metrics import novelty
+from hpcgen.metrics.cells import Sets
 from hpcgen.metrics.coverage import CUT_OFFS
 from hpcgen.metrics.match import Comparison
 from hpcgen.metrics.summary import (
@@ -44,7 +49,8 @@ from hpcgen.store.read import Store
 TASKS = ("generate", "predict")
 LATER = ("reconstruct", "optimize")
 CONTROL = 2000  # crystals of the reference that the control looks at
-PRELOAD = ("hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher", "ase.data")
+PRELOAD = ("hpcgen.campaign.novelty", "hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher", "ase.data",
+           "scipy.optimize")  # fmt: skip
 _VERSIONS = ("hpcgen", "pymatgen", "pymatgen-core", "ase", "torch", "numpy", "scipy", "moyopy", "chgnet")
 
 
@@ -58,12 +64,13 @@ class Request:
     task: str = "generate"
     pair: str | None = None  # target, composition; None: target where the run has that column
     limit: int | None = None  # the first crystals only
-    seed: int = 0  # of the control
+    seed: int = 0  # of the control, the samples and the intervals
     pair_timeout_s: float = 60.0  # of a pair to be matched, and of a fingerprint
     coverage: bool = True  # and what else needs fingerprints, of generate with a reference
     cut_offs: str = "mp20"
     energy: bool = False  # of CHGNet, of every crystal of both
     samples: int = 1000  # valid crystals of which distances of distributions and diversity are taken
+    novelty: bool = True  # generate: unique, novel, stable
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -114,9 +121,14 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
         blocks = _measure(request, reference, counts, work, lease, stop, processes)
         for side in (likeness.run, likeness.reference) if likeness else ():
             describe(side, out.parent, lease, stop, processes, request.pair_timeout_s)
+        more = None
+        if request.novelty and request.task == "generate" and counts.written:
+            sets = Sets(request.run, counts.written, request.reference, request.split, len(reference or ()))
+            how = How(processes, PRELOAD, request.pair_timeout_s)
+            more = measure_novelty(sets, work, lease=lease, stop=stop, how=how)
 
         def finish(draft: Path) -> None:
-            _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", lease.token)
+            _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", more, lease.token)
             write_json(out, {**_told(request, reference, counts, work, out, likeness), **making}, token=lease.token)
             write_json(draft, {"done": True})
 
@@ -182,18 +194,25 @@ def _told(
         figures |= generate_figures(table, largest) | _conditions(request.run, counts.written)
     if likeness is not None:
         figures |= likeness.figures(out.parent, table.flag("valid"), counts.asked)
+    if (work / "novelty.csv").exists():
+        figures["novelty"] = novelty.novelty_figures(
+            novelty.Verdicts(_read(table_file)), counts.asked, request.seed,
+            compared=request.reference is not None, units=screened(request.run),
+        )  # fmt: skip
     control = json.loads((work / "control.json").read_text(encoding="utf-8"))
     return {
         "task": request.task,
         "run": str(request.run),
         "reference": _named(request),
+        "reference_crystals": None if reference is None else len(reference),
         **asdict(counts),
         "not_measured": dict(sorted(table.reasons.items())),
         "paired": paired,
         "figures": figures,
         "control": control,
-        "definitions": DEFINITIONS,
-        "tolerances": {"match": asdict(Comparison().tolerances), "strict": asdict(Comparison().strict)},
+        "definitions": DEFINITIONS | (novelty.DEFINITIONS if "novelty" in figures else {}),
+        "tolerances": {"match": asdict(Comparison().tolerances), "strict": asdict(Comparison().strict)}
+        | ({"same": novelty.tolerances()} if "novelty" in figures else {}),
         "table": table_file.name,
     }
 
@@ -318,13 +337,25 @@ def _finished(out: Path, making: str) -> dict[str, Any] | None:
     return None
 
 
-def _write_table(path: Path, blocks: list[Block], predicts: bool, token: str) -> None:
-    """All blocks as one CSV file under a header."""
+def _write_table(path: Path, blocks: list[Block], predicts: bool, more: Path | None, token: str) -> None:
+    """All blocks as one CSV file under a header, with the columns of the file `more` behind those of the blocks."""
+    names = header(predicts) + list(novelty.COLUMNS if more else ())
     with whole(path, token=token) as draft, draft.open("wb") as file:
-        file.write((",".join(header(predicts)) + "\n").encode())
-        for block in blocks:
-            with block.path.open("rb") as part:
-                shutil.copyfileobj(part, file)
+        file.write((",".join(names) + "\n").encode())
+        if more is None:
+            for block in blocks:
+                with block.path.open("rb") as part:
+                    shutil.copyfileobj(part, file)
+        else:
+            own = itertools.chain.from_iterable(_lines(block.path) for block in blocks)
+            with io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True) as text:
+                rows = ([*one, *other] for one, other in zip(own, _lines(more), strict=True))
+                csv.writer(text, lineterminator="\n").writerows(rows)
+
+
+def _lines(part: Path) -> Iterator[list[str]]:
+    with part.open(encoding="utf-8", newline="") as file:
+        yield from csv.reader(file)
 
 
 def _read(table: Path) -> Iterator[dict[str, str]]:

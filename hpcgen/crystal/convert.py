@@ -5,6 +5,7 @@ no-atoms.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from hpcgen.crystal.refused import Refused
 
 if TYPE_CHECKING:
     from ase import Atoms
-    from pymatgen.core import Structure
+    from pymatgen.core import Element, Structure
     from torch_geometric.data import Batch, Data
 
 ROUNDING = 1e-13  # a fractional coordinate from Cartesian ones this close below 1 is 0
@@ -46,13 +47,21 @@ def _batch(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Crystals:
 
 def to_pymatgen(crystals: Crystals) -> "list[Structure]":
     """One ordered Structure each, sites in the same order, coordinates untouched."""
-    from pymatgen.core import Element, Lattice, Structure
+    from pymatgen.core import Lattice, Structure
 
-    element = [Element.from_Z(number) for number in range(1, 119)]
+    elements = _elements()
     return [
-        Structure(Lattice(lattice), [element[number - 1] for number in numbers.tolist()], frac)
+        Structure(Lattice(lattice), [elements[number - 1] for number in numbers.tolist()], frac)
         for frac, lattice, numbers in _arrays(crystals)
     ]
+
+
+@lru_cache(maxsize=1)
+def _elements() -> "list[Element]":
+    """Of atomic numbers 1 to 118: making them anew would cost as much as a small Structure."""
+    from pymatgen.core import Element
+
+    return [Element.from_Z(number) for number in range(1, 119)]
 
 
 def from_pymatgen(structures: "Sequence[Structure]") -> Crystals:
@@ -72,6 +81,7 @@ def from_pymatgen(structures: "Sequence[Structure]") -> Crystals:
     return _batch(parts)
 
 
+@lru_cache(maxsize=1)
 def _symbols() -> set[str]:
     from pymatgen.core import Element
 

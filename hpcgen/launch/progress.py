@@ -8,6 +8,8 @@ from hpcgen.launch.folder import Folder, listed, number_of, record_of
 _STRETCH_S = 600.0  # the rate is that of the last ten minutes
 _PASSES = {"reading structures": "parsed-", "reducing cells": "reduced-", "comparing crystals": "matched-",
            "writing shards": ""}  # fmt: skip
+_MEASURES = {"reducing cells": "cells-", "comparing crystals": "same-", "fingerprints of the reference": "known-",
+             "nearest of the reference": "nearest-"}  # of evaluate, beside its table  # fmt: skip
 _BLOCK = re.compile(r"all-(\d+)(?:-to-(\d+))?\.h5")
 
 
@@ -102,7 +104,7 @@ def _blocks(folder: Folder, failed: int) -> Progress:
         return Progress(rows, rows, "items")
     label, total = str(folder.passing.get("label", "")), folder.passing.get("blocks")
     if folder.verb == "evaluate":
-        names, prefix = folder.names, "rows-"
+        names, prefix = folder.names, _MEASURES.get(label, "rows-")
     else:
         at = folder.run if label == "writing shards" else folder.run / "work"
         names, prefix = {path.name for path in listed(at, "")}, _PASSES.get(label, "")

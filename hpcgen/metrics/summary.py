@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from hpcgen.metrics.novelty import novelty_lines
+
 RULES = {
     "distances": "pairs 0.5 Å apart (CDVAE)",
     "distances_with_images": "own images too",
@@ -274,6 +276,8 @@ def render(told: Mapping[str, Any]) -> str:
         if told["written"]:
             lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {atoms['mean']:.2f}")
             lines += ["", *_size_lines(figures)]
+        if "novelty" in figures:
+            lines += ["", *novelty_lines(told)]
     for name, part in figures.get("conditions", {}).items():
         error = part["mean_absolute_error"]
         told_error = f"off by {error:.3g} on average, {part['known']:,} known" if error is not None else "not screened"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.match import Matcher, reduced_cell
+from hpcgen.crystal.outline import outlines
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.guard import Cursor
 from hpcgen.store.arrays import take
@@ -123,24 +123,36 @@ class ReduceBlock:
         with np.load(self.siblings) as known:
             first, end = known["first"][block.index : block.index + 2]
             chosen = np.flatnonzero(known["mask"][first:end])
-        kept, reduced, refusals = [], [], []
         batch = no_crystals()
         if len(chosen):
             batch = decode(take(read_staged(self.staged[block.index], {}), chosen), {}).crystals
-        for at, place in enumerate(chosen.tolist()):
-            cursor.at(at)
-            try:
-                if at in cursor.culprits:
-                    raise ValueError(cursor.culprits[at])
-                reduced.append(reduced_cell(batch[at]))
-                kept.append(place)
-            except (ValueError, ArithmeticError, LookupError, RuntimeError) as fault:  # pymatgen's own
-                refusals.append(Refusal(place, str(place), NOT_COMPARED, f"{type(fault).__name__}: {fault}"))
-        cursor.rest()
-        places = {"place": make_column(PLACE["place"], kept)}
-        rows = Rows(Crystals.cat(reduced) if reduced else no_crystals(), [str(place) for place in kept], places)
-        write_staged(draft, rows, Head("reduced", columns=PLACE), refusals)
-        return {"reduced": len(kept)}
+        kept = write_reduced(draft, batch, chosen.tolist(), cursor)
+        return {"reduced": kept}
+
+
+def write_reduced(draft: Path, crystals: Crystals, places: Sequence[int], cursor: Cursor) -> int:
+    """Write a staging file of the reduced cells of B crystals, under their places, and how many there are.
+
+    What cannot be reduced stands among the refusals, its place as its row.
+    """
+    kept, reduced, refusals = [], [], []
+    for at, place in enumerate(places):
+        cursor.at(at)
+        try:
+            if at in cursor.culprits:
+                raise ValueError(cursor.culprits[at])
+            reduced.append(reduced_cell(crystals[at]))
+            kept.append(place)
+        except (ValueError, ArithmeticError, LookupError, RuntimeError) as fault:  # pymatgen's own
+            refusals.append(Refusal(place, str(place), NOT_COMPARED, f"{type(fault).__name__}: {fault}"))
+    cursor.rest()
+    rows = Rows(
+        Crystals.cat(reduced) if reduced else no_crystals(),
+        [str(place) for place in kept],
+        {"place": make_column(PLACE["place"], kept)},
+    )
+    write_staged(draft, rows, Head("reduced", columns=PLACE), refusals)
+    return len(kept)
 
 
 def reduced_sites(keys: Keys, reduced: Sequence[Path]) -> np.ndarray:
@@ -166,14 +178,14 @@ class MatchBlock:
         pairs = every[start : start + block.size]
         names, members = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
         matcher = Matcher(self.settings.ltol, self.settings.stol, self.settings.angle_tol)
-        structures = to_pymatgen(_crystals(self.reduced, names))
+        cells = outlines(_crystals(self.reduced, names))
         matched, failed = [], []
         for at, (one, other) in enumerate(members.reshape(-1, 2).tolist()):
             cursor.at(at)
             try:
                 if at in cursor.culprits:
                     raise ValueError(cursor.culprits[at])
-                if matcher.same(structures[one], structures[other]):
+                if matcher.same(cells[one], cells[other]):
                     matched.append(start + at)
             except (ValueError, ArithmeticError, LookupError, RuntimeError):  # pymatgen's own
                 failed.append(start + at)

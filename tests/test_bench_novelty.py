@@ -1,0 +1,132 @@
+"""Uniqueness and novelty of many crystals: what brute force finds, and how the cost grows. `pytest -m bench -s` it.
+
+HPCGEN_BENCH_N: the numbers of crystals, as 1000,10000,100000; HPCGEN_BENCH_STORE: a store of real crystals.
+"""
+
+import itertools
+import os
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from known_crystals import many_shaken
+
+from hpcgen.crystal.composition import formula_key
+from hpcgen.crystal.convert import to_pymatgen
+from hpcgen.crystal.crystals import Crystals
+from hpcgen.metrics.cells import Sets
+from hpcgen.metrics.nearest import find_nearest
+from hpcgen.metrics.same import MATCHERS, NONE, Same, find_same
+from hpcgen.runner.blocks import How
+from hpcgen.runner.lease import Lease
+from hpcgen.runner.stop import StopFlag
+from hpcgen.runner.team import find_team
+from hpcgen.store.layout import Head
+from hpcgen.store.read import Store
+from hpcgen.store.rows import Rows
+from hpcgen.store.write import write_store
+
+STORE = Path(os.environ.get("HPCGEN_BENCH_STORE", "/work/tmp/st20"))
+GENERATED = os.environ.get("HPCGEN_BENCH_GENERATED", "")  # a campaign's store, mixed in
+NUMBERS = [int(n) for n in os.environ.get("HPCGEN_BENCH_N", "1000,10000,100000").split(",")]
+SHAKE = (0.0, 0.05, 0.15, 0.4)  # Å
+
+pytestmark = pytest.mark.bench
+
+
+def real() -> Store:
+    if not STORE.exists():
+        pytest.skip(f"{STORE} is not here")
+    return Store(STORE, dtype=None, columns=[])
+
+
+def mixed(count: int, known: Crystals) -> Crystals:
+    """Of `count` a fifth generated ones where there are any, the others real ones and copies of them, shaken."""
+    chance = np.random.Generator(np.random.Philox(count))
+    parts = []
+    if GENERATED:
+        made = Store(GENERATED, dtype=torch.float64, columns=[])
+        parts.append(made.rows(np.arange(min(len(made), count // 5))).crystals)
+    left = count - sum(map(len, parts))
+    picked = known[torch.from_numpy(chance.integers(0, len(known), left))]
+    parts.append(many_shaken(picked, torch.from_numpy(chance.choice(SHAKE, left)), seed=count))
+    whole = Crystals.cat(parts)
+    return whole[torch.from_numpy(chance.permutation(len(whole)))]
+
+
+def store(path: Path, crystals: Crystals) -> Path:
+    write_store(path, Head("bench", {}, {}), [("all", Rows(crystals, [f"c{k}" for k in range(len(crystals))], {}))])
+    return path
+
+
+def found(sets: Sets, folder: Path, processes: int | None = None) -> tuple[Same, dict[str, float]]:
+    """What is the same, and seconds of each part."""
+    folder.mkdir()
+    with StopFlag() as stop, Lease.take(folder, find_team()) as lease:
+        began = time.monotonic()
+        same = Same.load(
+            find_same(sets, folder, lease=lease, stop=stop, how=How(processes, ("hpcgen.campaign.novelty",)))
+        )
+        middle = time.monotonic()
+        find_nearest(sets, folder, lease=lease, stop=stop, how=How(processes, ("hpcgen.campaign.novelty",)))
+    return same, {"same": middle - began, "nearest": time.monotonic() - middle}
+
+
+def test_no_match_is_missed(tmp_path: Path) -> None:
+    """Every pair of one formula given to StructureMatcher plainly, whole crystals, both reduced anew."""
+    from pymatgen.analysis.structure_matcher import StructureMatcher
+
+    count, of = 2000, 600
+    known = real().rows(np.arange(of) * (len(real()) // of)).crystals
+    run = mixed(count, known)
+    same, _ = found(
+        Sets(store(tmp_path / "run", run), count, store(tmp_path / "known", known), None, of), tmp_path / "w"
+    )
+    formulas = defaultdict(list)
+    for k, numbers in enumerate(Crystals.cat([known, run]).atomic_numbers.split([*known.num_atoms, *run.num_atoms])):
+        formulas[formula_key(numbers)].append(k)
+    structures = to_pymatgen(Crystals.cat([known, run]))
+    wanted = {name: np.zeros((count, 2), dtype=bool) for name in MATCHERS}
+    pairs = 0
+    for name, matcher in MATCHERS.items():
+        plain = StructureMatcher(**asdict(matcher))
+        for some in formulas.values():
+            for one, other in itertools.combinations(some, 2):
+                if other >= of:
+                    pairs += 1
+                    wanted[name][other - of, int(one < of)] |= bool(plain.fit(structures[one], structures[other]))
+    print(f"\n{pairs:,} pairs compared plainly")
+    for t, name in enumerate(MATCHERS):
+        assert (same.earlier[:, t] != NONE).tolist() == wanted[name][:, 0].tolist()
+        assert (same.known[:, t] != NONE).tolist() == wanted[name][:, 1].tolist()
+        groups = StructureMatcher(**asdict(MATCHERS[name])).group_structures(structures[of:])
+        print(f"{name}: {count - wanted[name][:, 0].sum()} unique, {len(groups)} groups of group_structures, "
+              f"{wanted[name][:, 1].sum()} known")  # fmt: skip
+    assert 0.2 < wanted["standard"][:, 0].mean() < 0.95 and same.compared.all()
+
+
+def test_cost_grows_with_the_number(tmp_path: Path) -> None:
+    known = real().rows(np.arange(min(17_000, len(real())))).crystals
+    reference = store(tmp_path / "known", known)
+    for count in NUMBERS:
+        run = store(tmp_path / f"run{count}", mixed(count, known))
+        same, seconds = found(Sets(run, count, reference, None, len(known)), tmp_path / f"w{count}")
+        told = ", ".join(f"{what} {spent:.0f} s" for what, spent in seconds.items())
+        unique, novel = ((rows[:, 0] == NONE).mean() for rows in (same.earlier, same.known))
+        print(f"\n{count:,} against {len(known):,}: {told}")
+        print(f"unique {unique:.3f}, novel {novel:.3f}")
+
+
+@pytest.mark.parametrize("size", [0.1, 0.4])
+def test_many_of_one_formula(tmp_path: Path, size: float) -> None:
+    """One crystal shaken: by 0.1 Å all are the same, by 0.4 Å few are; every pair of cells maps, the dearest case."""
+    known = real().rows([0]).crystals
+    for count in (50, 100, 200):
+        run = many_shaken(known[torch.zeros(count, dtype=torch.int64)], torch.full((count,), size), seed=1)
+        same, seconds = found(Sets(store(tmp_path / f"run{count}", run), count), tmp_path / f"w{count}")
+        unique = (same.earlier == NONE).sum(0).tolist()
+        print(f"\n{count:,} of one formula, {size} Å: {seconds['same']:.0f} s, {unique} unique")
