@@ -331,10 +331,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
-    export = verbs.add_parser("export", help="crystals of a run as CIF, extxyz, POSCAR, JSON, CSV, or another store")
+    export = verbs.add_parser("export", help="crystals of a run as CIF, extxyz, POSCAR, JSON, CSV, as arrays, "
+                              "or another store")  # fmt: skip
     export.add_argument("exported", type=Path, metavar="RUN", help="a campaign's folder, or any store")
-    export.add_argument("--format", required=True, help="cif, poscar: a file each; extxyz, json (pymatgen), csv (with "
-                        "cif_string): one file; store: another store")  # fmt: skip
+    export.add_argument("--format", required=True, help="cif, poscar: a file each; zip: CIFs in one file; extxyz, json "
+                        "(pymatgen), csv (with cif_string): one file; cdvae, diffcsp: eval_gen.pt, the arrays that "
+                        "their compute_metrics.py reads; store: another store")  # fmt: skip
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder, new or empty")
     export.add_argument("--where", metavar="CONDITION",
                         help="as 'band_gap > 1 and num_atoms <= 20 and \"Li\" in elements'")  # fmt: skip
