@@ -281,7 +281,9 @@ def _campaign(arguments: argparse.Namespace) -> int:
 
 def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate = verbs.add_parser("evaluate", help="metrics of a run: validity, or match rate against known crystals")
-    evaluate.add_argument("evaluated", type=Path, metavar="RUN", help="a campaign's folder, or any store")
+    evaluate.add_argument("evaluated", type=Path, metavar="RUN", help="a campaign's folder, or any store; of another "
+                          "generator a folder or zip of CIFs, an extxyz, or a CSV with CIFs, which is read once into "
+                          "RUN.store, beside FILE where one is named")  # fmt: skip
     evaluate.add_argument("--reference", type=Path, metavar="STORE", help="known crystals: targets, and the control")
     evaluate.add_argument("--split", help="of the reference: train, val, test (default: all)")
     evaluate.add_argument("--task", default="generate", help="generate (default) or predict")
@@ -305,12 +307,18 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
 
 
 def _evaluate_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]]:
-    return arguments.evaluated, [arguments.evaluated, arguments.reference or ""]
+    from hpcgen.store.foreign import kind_of, place_of
+
+    given = arguments.evaluated
+    run = given if kind_of(given) is None else place_of(given, arguments.json)
+    return run, [given, arguments.reference or ""]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     import logging
+    from dataclasses import replace
 
+    from hpcgen.campaign.adopt import adopted
     from hpcgen.campaign.evaluate import Request, evaluate
     from hpcgen.metrics.summary import render
     from hpcgen.runner.team import find_team
@@ -324,7 +332,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.samples,
     )  # fmt: skip
     with find_team() as team:
-        found = evaluate(request, arguments.json, team, arguments.processes)
+        run = adopted(request.run, arguments.json, team, arguments.processes)
+        found = evaluate(replace(request, run=run), arguments.json, team, arguments.processes)
     if found is not None:
         print(render(found))
     return DONE
