@@ -21,6 +21,7 @@ from hpcgen.campaign import adopt
 from hpcgen.campaign.adopt import adopted
 from hpcgen.crystal.convert import to_ase, to_pymatgen
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.launch.status import describe
 from hpcgen.runner.team import find_team
 from hpcgen.store import formats
 from hpcgen.store.export import Request, export
@@ -359,10 +360,12 @@ def test_it_goes_on_where_it_stopped(
     assert cli.main(words) == 75
     assert "goes on from here" in capsys.readouterr().err
     assert not (tmp_path / "cifs.store" / "manifest.json").exists()
+    assert describe(tmp_path / "cifs.store").state != "done"
     assert cli.main(words) == 0
     assert len(begun) == 4 and set(begun) == {0, 1, 2}
     assert Store(tmp_path / "cifs.store").ids == [f"{k:03d}" for k in range(12)]
     assert not (tmp_path / "cifs.store" / "reading").exists()
+    assert describe(tmp_path / "cifs.store").state == "done"
 
 
 def test_a_structure_that_hangs_or_crashes_costs_itself_alone(tmp_path: Path) -> None:
