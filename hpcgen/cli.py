@@ -281,7 +281,9 @@ def _campaign(arguments: argparse.Namespace) -> int:
 
 def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate = verbs.add_parser("evaluate", help="metrics of a run: validity, or match rate against known crystals")
-    evaluate.add_argument("evaluated", type=Path, metavar="RUN", help="a campaign's folder, or any store")
+    evaluate.add_argument("evaluated", type=Path, metavar="RUN", help="a campaign's folder, or any store; of another "
+                          "generator a folder or zip of CIFs, an extxyz, or a CSV with CIFs, which is read once into "
+                          "RUN.store, beside FILE where one is named")  # fmt: skip
     evaluate.add_argument(
         "--reference", type=Path, metavar="STORE", help="known crystals: targets, what is not novel, and the control"
     )
@@ -309,12 +311,18 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
 
 
 def _evaluate_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]]:
-    return arguments.evaluated, [arguments.evaluated, arguments.reference or ""]
+    from hpcgen.store.foreign import kind_of, place_of
+
+    given = arguments.evaluated
+    run = given if kind_of(given) is None else place_of(given, arguments.json)
+    return run, [given, arguments.reference or ""]
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     import logging
+    from dataclasses import replace
 
+    from hpcgen.campaign.adopt import adopted
     from hpcgen.campaign.evaluate import Request, evaluate
     from hpcgen.metrics.summary import render
     from hpcgen.runner.team import find_team
@@ -328,17 +336,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         arguments.samples, arguments.novelty,
     )  # fmt: skip
     with find_team() as team:
-        found = evaluate(request, arguments.json, team, arguments.processes)
+        run = adopted(request.run, arguments.json, team, arguments.processes)
+        found = evaluate(replace(request, run=run), arguments.json, team, arguments.processes)
     if found is not None:
         print(render(found))
     return DONE
 
 
 def _add_export(verbs: argparse._SubParsersAction) -> None:
-    export = verbs.add_parser("export", help="crystals of a run as CIF, extxyz, POSCAR, JSON, CSV, or another store")
+    export = verbs.add_parser("export", help="crystals of a run as CIF, extxyz, POSCAR, JSON, CSV, as arrays, "
+                              "or another store")  # fmt: skip
     export.add_argument("exported", type=Path, metavar="RUN", help="a campaign's folder, or any store")
-    export.add_argument("--format", required=True, help="cif, poscar: a file each; extxyz, json (pymatgen), csv (with "
-                        "cif_string): one file; store: another store")  # fmt: skip
+    export.add_argument("--format", required=True, help="cif, poscar: a file each; zip: CIFs in one file; extxyz, json "
+                        "(pymatgen), csv (with cif_string): one file; cdvae, diffcsp: eval_gen.pt, the arrays that "
+                        "their compute_metrics.py reads; store: another store")  # fmt: skip
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder, new or empty")
     export.add_argument("--where", metavar="CONDITION",
                         help="as 'band_gap > 1 and num_atoms <= 20 and \"Li\" in elements'")  # fmt: skip

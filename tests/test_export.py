@@ -17,13 +17,15 @@ from hpcgen.crystal.convert import from_ase, from_pymatgen, to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.errors import InputError, UsageError
 from hpcgen.store import export as export_module
-from hpcgen.store.export import Names, Request, choose, export
+from hpcgen.store import writers
+from hpcgen.store.export import Request, choose, export
 from hpcgen.store.inspect import check
 from hpcgen.store.layout import ColumnSpec, Head
 from hpcgen.store.read import Store
 from hpcgen.store.rows import Column, Rows
 from hpcgen.store.where import Condition
 from hpcgen.store.write import write_store
+from hpcgen.store.writers import Names
 
 IDS = ["mp-1", "a b/c", "A B/C", "../up", "Łódź", "7", "q\"u'o\\te"]
 GAPS = [0.5, math.nan, 2.5, 1.5, 0.0, math.nan, 1.5]
@@ -370,7 +372,7 @@ def test_a_link_to_itself(run: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (["--format", "xyz"], 2, "want one of cif, extxyz, poscar, json, csv"),
+        (["--format", "xyz"], 2, "want one of cif, zip, extxyz, poscar, json, csv, cdvae, diffcsp, store"),
         (["--format", "cif", "--top", "0"], 2, "--top 0"),
         (["--format", "cif", "--where", "gap > 1"], 2, "no column 'gap'"),
         (["--format", "cif", "--where", "band_gap > 99"], 4, "none of 7 crystals"),
@@ -402,6 +404,6 @@ def test_a_failure_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module.formats, "poscar", full)
+    monkeypatch.setattr(writers.formats, "poscar", full)
     assert cli.main(["export", str(run), "--format", "poscar", "--out", str(tmp_path / "out")]) == 7
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -48,6 +48,9 @@ hpcgen export made --format poscar --out poscar
 hpcgen export made --format extxyz --out extxyz
 hpcgen export made --format json --out json
 hpcgen export made --format csv --out csv
+hpcgen export made --format zip --out zip
+hpcgen export made --format cdvae --out cdvae
+hpcgen export made --format diffcsp --out diffcsp
 hpcgen export made --format store --out again
 hpcgen status alone
 hpcgen status made

@@ -93,7 +93,7 @@ class Folder:
     def verb(self) -> str:
         """What was run here. Raises InputError."""
         begun = bool(self.launches) or self.lease is not None
-        if self.run.suffix == ".work" and self.names:
+        if (self.run.suffix == ".work" and self.names) or self.is_read:
             return "evaluate"
         if "build.json" in self.names or ("work" in self.names and begun):
             return "preprocess"
@@ -104,6 +104,11 @@ class Folder:
         if not submitted and not begun:
             raise InputError(f"{self.run}: holds no run of hpcgen preprocess, train, campaign or evaluate")
         return min(submitted, default="")
+
+    @property
+    def is_read(self) -> bool:
+        """Whether somebody else's crystals are read here, to be evaluated."""
+        return any(name.startswith("read-") for name in self.names)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -133,7 +138,9 @@ class Folder:
         if self.verb == "campaign":
             asked = (record_of(self.run / "summary.json") or {}).get("asked")
             return "manifest.json" in self.names and asked is not None and asked == self.number("n")
-        return {"preprocess": "manifest.json", "evaluate": "done.json"}.get(self.verb, "") in self.names
+        if self.verb == "preprocess" or self.is_read:
+            return "manifest.json" in self.names
+        return self.verb == "evaluate" and "done.json" in self.names
 
 
 def text_of(path: Path, last: int = _TAIL) -> str:

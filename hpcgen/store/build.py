@@ -5,8 +5,6 @@ Pass 3 writes the shards, with edges and features. A pass goes on where it was s
 source and the settings alone. The manifest is written last: a store is complete when it is there.
 """
 
-import csv
-import io
 import json
 import logging
 import shutil
@@ -21,7 +19,7 @@ import numpy as np
 
 from hpcgen.crystal.magpie import MAGPIE_COLUMNS
 from hpcgen.errors import DONE, TOO_MANY_FAILED, HpcgenError, InputError, UsageError
-from hpcgen.files import make_folder, write_json, write_whole
+from hpcgen.files import make_folder, write_json
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import HOUSEKEEPING, Lease
 from hpcgen.runner.stop import StopFlag
@@ -33,7 +31,7 @@ from hpcgen.store.parse import ParseBlock, staged_columns
 from hpcgen.store.plan import Compared, save_pairs, save_plan, save_siblings, shards_of
 from hpcgen.store.settings import BuildSettings
 from hpcgen.store.source import Source
-from hpcgen.store.staging import KEYS, Refusal, read_keys_of, read_refusals
+from hpcgen.store.staging import KEYS, Refusal, read_keys_of, read_refusals, write_rejects
 
 _LOG = logging.getLogger(__name__)
 PASSES = 1  # grows when staging files change: work begun by another version is not continued
@@ -247,12 +245,7 @@ def _finish(
         refusals += [Refusal(**told) for told in json.loads(bytes(plan["refusals"]).decode())]
         written, parsed = len(plan["at"]), int(plan["parsed"])
         looked = {name: int(plan[name]) for name in ("duplicates_across_splits", "not_compared")}
-    refusals.sort(key=lambda refusal: (refusal.row, refusal.id))
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["row", "id", "code", "message"])
-    writer.writerows((r.row, r.id, r.code, r.message) for r in refusals)
-    write_whole(run.store / REJECTS, table.getvalue(), token=run.lease.token)
+    write_rejects(run.store, refusals, run.lease.token)
     counts = {
         "rows": rows,
         "crystals": parsed,  # of the rows that were not refused

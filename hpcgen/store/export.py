@@ -1,38 +1,30 @@
 """`hpcgen export`: chosen crystals of a store as files of other programs, ids and columns carried through."""
 
-import csv
-import itertools
 import logging
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
 
 import numpy as np
 
-from hpcgen.crystal.composition import reduced_formula
 from hpcgen.errors import InputError, UsageError
 from hpcgen.files import DRAFT, make_folder, storage_faults
-from hpcgen.store import formats
 from hpcgen.store.layout import MANIFEST
 from hpcgen.store.read import Store
-from hpcgen.store.rows import Rows
 from hpcgen.store.where import Condition, named
 from hpcgen.store.write import StoreWriter
+from hpcgen.store.writers import writer
 
 _LOG = logging.getLogger(__name__)
-FORMATS = ("cif", "extxyz", "poscar", "json", "csv", "store")
+FORMATS = ("cif", "zip", "extxyz", "poscar", "json", "csv", "cdvae", "diffcsp", "store")
 MOST_FILES = 10_000  # of one folder: more is slow to list and unwelcome on shared file systems
 CHUNK = 1024  # crystals in memory at a time
 _WITHIN = ".export-"  # a draft within the folder it is to fill
 _LAST = ("index.csv", MANIFEST)  # they say that all else is there
-LONGEST_NAME = 120  # characters of a file name
-Write = Callable[[Rows], None]
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class Request:
             raise UsageError(f"--format {self.format}: want one of {', '.join(FORMATS)}")
         if self.top is not None and self.top < 1:
             raise UsageError(f"--top {self.top}: want at least 1")
-        if self.symprec is not None and self.format not in ("cif", "csv"):
+        if self.symprec is not None and self.format not in ("cif", "zip", "csv"):
             raise UsageError(f"--symprec {self.symprec}: only a CIF holds symmetry, not {self.format}")
         if self.format == "store" and (self.top is not None or self.by is not None) and self.split is None:
             raise UsageError("--format store keeps train, val and test apart: --top and --by want --split too")
@@ -64,8 +56,9 @@ class Request:
 def export(request: Request) -> int:
     """Write the chosen crystals into the folder `out`, which appears whole or stays as it was; how many they are.
 
-    cif, poscar: a file each, and index.csv; extxyz, json, csv: one file; store: another store, splits and edges kept.
-    Memory stays flat but for a file each. Raises UsageError, InputError if there is no crystal to write, StorageError.
+    cif, poscar: a file each, and index.csv; zip (of CIFs), cdvae, diffcsp (arrays): one file, and index.csv; extxyz,
+    json, csv: one file; store: another store, splits and edges kept. Memory stays flat but for the names of files.
+    Raises UsageError, InputError if there is no crystal to write, StorageError.
     """
     request = replace(request, out=_resolved(request.out))
     _refuse_taken(request.out)
@@ -76,9 +69,9 @@ def export(request: Request) -> int:
     if len(places) > MOST_FILES and request.format in ("cif", "poscar"):
         raise UsageError(
             f"--format {request.format}: {len(places):,} crystals would be as many files, want at most {MOST_FILES:,}; "
-            "choose fewer by --top or --where, or --format extxyz, json or csv, which are one file"
+            "choose fewer by --top or --where, or --format zip, extxyz, json or csv, which are one file"
         )
-    with _whole_folder(request.out) as draft, _writer(request, draft) as write:
+    with _whole_folder(request.out) as draft, writer(request.format, draft, request.symprec) as write:
         for start in range(0, len(places), CHUNK):
             write(store.rows(places[start : start + CHUNK]))
     return len(places)
@@ -180,110 +173,3 @@ def _whole_folder(out: Path) -> Iterator[Path]:
                 draft.replace(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextmanager
-def _writer(request: Request, folder: Path) -> Iterator[Write]:
-    name = {"extxyz": "crystals.extxyz", "json": "crystals.json", "csv": "crystals.csv"}.get(
-        request.format, "index.csv"
-    )
-    with (folder / name).open("w", encoding="utf-8", newline="") as file:
-        if request.format == "extxyz":
-            yield lambda rows: _write_extxyz(file, rows)
-        elif request.format == "json":
-            yield from _json_array(file)
-        elif request.format == "csv":
-            yield _table(file, "cif_string", lambda row: _cif(row, request.symprec, _safe(row.ids[0])))
-        else:
-            names = Names(request.format)
-            yield _table(file, "file", lambda row: _write_file(folder, row, request, names))
-
-
-def _write_extxyz(file: TextIO, rows: Rows) -> None:
-    file.write(formats.extxyz(rows.crystals, list(rows.ids), facts(rows)))
-
-
-def _json_array(file: TextIO) -> Iterator[Write]:
-    """One crystal a line, the whole one JSON array."""
-    before = itertools.chain(["[\n"], itertools.repeat(",\n"))
-
-    def write(rows: Rows) -> None:
-        for line in formats.pymatgen_json(rows.crystals, list(rows.ids), facts(rows)):
-            file.write(next(before) + line)
-
-    yield write
-    file.write("\n]\n")
-
-
-def _table(file: TextIO, last: str, value: Callable[[Rows], str]) -> Write:
-    """CSV of ids, formulas and columns; what `value` gives of each crystal stands in the column `last`."""
-    writer: csv.DictWriter[str] | None = None
-
-    def write(rows: Rows) -> None:
-        nonlocal writer
-        if writer is None:
-            own = [name for name in rows.columns if name not in ("id", "formula", "num_atoms", last)]
-            writer = csv.DictWriter(file, ["id", "formula", "num_atoms", *own, last], extrasaction="ignore",
-                                    lineterminator="\n")  # fmt: skip
-            writer.writeheader()
-        for k, known in enumerate(facts(rows)):
-            row = one(rows, k)
-            numbers = row.crystals.atomic_numbers
-            told = {"id": row.ids[0], "formula": reduced_formula(numbers), "num_atoms": len(numbers)}
-            writer.writerow({**known, **told, last: value(row)})
-
-    return write
-
-
-def _write_file(folder: Path, row: Rows, request: Request, names: "Names") -> str:
-    """One crystal as a file of its own; the file's name."""
-    name = names.of(row.ids[0])
-    text = _cif(row, request.symprec, name.removesuffix(".cif")) if request.format == "cif" else formats.poscar(
-        row.crystals, row.ids[0])  # fmt: skip
-    (folder / name).write_text(text, encoding="utf-8")
-    return name
-
-
-def _cif(row: Rows, symprec: float | None, name: str) -> str:
-    return formats.cif(row.crystals, name, row.ids[0], facts(row)[0], symprec)
-
-
-def one(rows: Rows, k: int) -> Rows:
-    """The k-th row alone."""
-    columns = {
-        name: type(column)(column.spec, column.values[k : k + 1], column.missing[k : k + 1])
-        for name, column in rows.columns.items()
-    }
-    return Rows(rows.crystals[k], [rows.ids[k]], columns)
-
-
-def facts(rows: Rows) -> list[dict[str, Any]]:
-    """The columns of each crystal as plain values, missing ones left out."""
-    known: list[dict[str, Any]] = [{} for _ in range(len(rows))]
-    for name, column in rows.columns.items():
-        for each, value, gone in zip(known, column.values.tolist(), column.missing.tolist(), strict=True):
-            if not gone and value == value and value not in (float("inf"), float("-inf")):  # JSON has no such numbers
-                each[name] = value
-    return known
-
-
-class Names:
-    """File names from ids: readable, safe on every file system and no two alike, capitals aside."""
-
-    def __init__(self, format: str) -> None:
-        self._before, self._ending = ("", ".cif") if format == "cif" else ("POSCAR_", "")
-        self._taken: set[str] = {"index.csv"}
-
-    def of(self, id: str) -> str:
-        """A name that was not given before."""
-        stem, number = _safe(id), 1
-        name = f"{self._before}{stem}{self._ending}"
-        while name.lower() in self._taken:
-            number += 1
-            name = f"{self._before}{stem}~{number}{self._ending}"
-        self._taken.add(name.lower())
-        return name
-
-
-def _safe(id: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_+.\-]", "_", id)[:LONGEST_NAME].lstrip(".-") or "_"

@@ -1,5 +1,7 @@
 """What lies between the passes of building a store: shards of parsed crystals with the keys of pass 2 beside them."""
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +12,9 @@ import numpy as np
 import torch
 
 from hpcgen.crystal.crystals import Crystals
-from hpcgen.files import storage_faults
+from hpcgen.files import storage_faults, write_whole
 from hpcgen.store.arrays import Arrays, file_image, load
-from hpcgen.store.layout import ColumnSpec, Head, open_shard, reading
+from hpcgen.store.layout import REJECTS, ColumnSpec, Head, open_shard, reading
 from hpcgen.store.rows import Column, Rows
 from hpcgen.store.source import Value
 from hpcgen.store.write import encode
@@ -46,10 +48,15 @@ def make_column(spec: ColumnSpec, values: Sequence[Value]) -> Column:
 
 def write_staged(draft: Path, rows: Rows, head: Head, refusals: Sequence[Refusal]) -> None:
     """Write a staging file. Raises InputError for rows that may not be stored, StorageError."""
-    lines = "".join(json.dumps(vars(refusal)) + "\n" for refusal in refusals)
-    arrays = {**encode(rows, head), "refusals": np.frombuffer(lines.encode(), dtype=np.uint8)}
+    arrays = {**encode(rows, head), "refusals": encode_refusals(refusals)}
     with storage_faults(draft):
         draft.write_bytes(file_image(arrays, head, split="all", small=False))
+
+
+def encode_refusals(refusals: Sequence[Refusal]) -> np.ndarray:
+    """As `read_refusals` takes them from a file."""
+    lines = "".join(json.dumps(vars(refusal)) + "\n" for refusal in refusals)
+    return np.frombuffer(lines.encode(), dtype=np.uint8)
 
 
 def read_staged(path: Path, columns: Mapping[str, ColumnSpec]) -> Arrays:
@@ -71,7 +78,17 @@ def no_crystals() -> Crystals:
 
 
 def read_refusals(path: Path) -> list[Refusal]:
-    """The refusals of a staging file."""
+    """The refusals of a staging file, or of a shard that keeps its own."""
     with open_shard(path) as shard, reading(path):
         lines = bytes(shard["refusals"][()]).decode()
     return [Refusal(**json.loads(line)) for line in lines.splitlines()]
+
+
+def write_rejects(store: Path, refusals: Sequence[Refusal], token: str) -> None:
+    """Write the reject table of a store, in the order of its source."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["row", "id", "code", "message"])
+    ordered = sorted(refusals, key=lambda refusal: (refusal.row, refusal.id))
+    writer.writerows((r.row, r.id, r.code, r.message) for r in ordered)
+    write_whole(store / REJECTS, table.getvalue(), token=token)
