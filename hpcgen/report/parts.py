@@ -10,14 +10,14 @@ from hpcgen.report.pictures import Picture
 Cell = tuple[str, ...]
 
 
-def whole_page(title: str, body: Sequence[str], script: str = "") -> str:
-    """The page as text. Its policy lets nothing be loaded, and no script run but this one."""
+def whole_page(title: str, body: Sequence[str], script: str = "", sheet: str = "") -> str:
+    """The page as text. Its policy lets nothing be loaded, and no script run but this one. sheet: more CSS."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         policy += f"; script-src 'sha256-{digest}'"
     tail = f"\n<script>{script}</script>" if script else ""
-    return _PAGE.format(title=text(title), policy=policy, style=_CSS, body="\n".join(body) + tail)
+    return _PAGE.format(title=text(title), policy=policy, style=_CSS + sheet, body="\n".join(body) + tail)
 
 
 def text(value: object) -> str:
