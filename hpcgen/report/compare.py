@@ -1,6 +1,5 @@
 """Several runs and a reference in one figure, told apart by dashes, marks and hatches as well as by colour."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,9 @@ _DASHES: tuple[Any, ...] = (
 )  # fmt: skip
 _MARKS = ("o", "s", "^", "D", "v", "P")
 _HATCHES = ("", "////", "....", "xxxx", "----", "++++")
-_BINS = 12, 40  # least and most of a histogram: few where there are few values
+_BINS = 16, 40  # least and most of a histogram: few where there are few values
 ANGLES = (10.0, 90.0)  # of diffraction patterns: 2θ in degrees
-_LETTERS = 22  # of a name in a legend
+_LETTERS = 25  # of a name in a legend
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,20 @@ class Histogram:
 
     @property
     def edges(self) -> np.ndarray:
-        """Bins that hold all but the outermost 0.2 % on each side of every series; of integers one or more each."""
+        """Bins that hold all but the outermost 0.2 % on each side of every series; of integers one
+        or more each, all of them where they lie within 60."""
         spreads = [each.spread for each in self.series if each.spread is not None and len(each.spread)]
         if not spreads:
             return np.array([0.0, 1.0])
         low = min(max(spread.low, spread.quantile(0.002)) for spread in spreads)
         high = max(min(spread.high, spread.quantile(0.998)) for spread in spreads)
         if self.integer:
-            low, high = math.floor(low), math.ceil(high)
+            ends = min(spread.low for spread in spreads), max(spread.high for spread in spreads)
+            low, high = map(round, ends if ends[1] - ends[0] <= 60 else (low, high))
             return np.arange(low, high + 2 * (step := -(-(high - low + 1) // 60)), step) - 0.5
         if low >= high:
             low, high = low - 0.5, high + 0.5
-        bins = int(min(max(2.2 * min(map(len, spreads)) ** (1 / 3), _BINS[0]), _BINS[1]))
+        bins = int(min(max(2.6 * min(map(len, spreads)) ** (1 / 3), _BINS[0]), _BINS[1]))
         return np.linspace(low, high, bins + 1)
 
     def shares(self, series: Series, edges: np.ndarray) -> np.ndarray:
@@ -98,8 +99,13 @@ def draw_histogram(axes: "Axes", what: Histogram) -> None:
     top(axes, what.title)
 
 
-def draw_categories(axes: "Axes", title: str, names: Sequence[str], series: Sequence[Series], *, stagger: bool) -> None:
-    """Shares in per cent by category: the reference as bars, each run as marks on thin stems."""
+def draw_categories(
+    axes: "Axes", title: str, names: Sequence[str], series: Sequence[Series], *, upright: bool = False
+) -> None:
+    """Shares in per cent by category: the reference as bars, each run as marks on thin stems, none where it has none.
+
+    upright: long names, written upwards, and a square-root scale, so that rare ones are seen beside a heap.
+    """
     places = np.arange(len(names))
     for each in series:
         values = np.zeros(len(names)) if each.shares is None else each.shares
@@ -109,13 +115,19 @@ def draw_categories(axes: "Axes", title: str, names: Sequence[str], series: Sequ
         runs = sum(1 for other in series if other.of >= 0)
         aside = 0.0 if runs == 1 else 0.44 * (each.of / (runs - 1) - 0.5)
         colour = COLOURS[each.of % len(COLOURS)]
-        axes.vlines(places + aside, 0, values, color=colour, lw=0.7, ls=_DASHES[each.of % len(_DASHES)])
+        there = values > 0
+        at, values = (places + aside)[there], values[there]
+        axes.vlines(at, 0, values, color=colour, lw=0.7, ls=_DASHES[each.of % len(_DASHES)])
         face = colour if each.of % 2 == 0 else "white"
         look: dict[str, Any] = {"ls": "", "ms": 3.6, "mec": colour, "mfc": face, "mew": 0.9}
-        axes.plot(places + aside, values, _MARKS[each.of % len(_MARKS)], label=short_name(each.name), **look)
+        axes.plot(at, values, _MARKS[each.of % len(_MARKS)], label=short_name(each.name), **look)
+    stagger = len(names) > 30 and not upright
     labels = [f"\n{name}" if stagger and at % 2 else name for at, name in enumerate(names)]
-    axes.set_xticks(places, labels)
+    axes.set_xticks(places, labels, rotation=90 if upright else 0, size=5.8 if len(names) > 60 else 7)
     axes.set(xlim=(-0.8, max(len(names), 4) - 0.2), ylabel="% of crystals", ylim=(0, None))
+    if upright:
+        axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
+        axes.set(ylabel="% (square-root scale)", ylim=(0, None))
     top(axes, title)
 
 

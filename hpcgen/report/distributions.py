@@ -162,7 +162,7 @@ def systems_picture(runs: Sequence[Gathered], reference: Gathered | None) -> Pic
     series = _series(np.array(values), every, reference)
 
     def draw(axes: "Axes") -> None:
-        draw_categories(axes, "Crystal systems of the samples", list(CRYSTAL_SYSTEMS), series, stagger=False)
+        draw_categories(axes, "Crystal systems of the samples", list(CRYSTAL_SYSTEMS), series)
         for tick in axes.get_xticklabels():
             tick.set(rotation=28, ha="right", rotation_mode="anchor")
 
@@ -187,11 +187,7 @@ def _categories(
 ) -> Picture:
     series = _series(values, every, reference)
 
-    def draw(axes: "Axes") -> None:
-        draw_categories(axes, title, names, series, stagger=len(names) > 30 and not upright)
-        for tick in axes.get_xticklabels():
-            tick.set(rotation=90 if upright else 0, fontsize=7 if upright or len(names) < 60 else 5.8)
-
+    draw = partial(draw_categories, title=title, names=names, series=series, upright=upright)
     high = 3.0 + 0.155 * legend_rows(len(every))
     below = 0.95 if upright else 0.42
     box = (0.065, below / high, 0.925, (high - below - 0.27 - 0.155 * legend_rows(len(every))) / high)

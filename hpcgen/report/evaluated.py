@@ -39,6 +39,15 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, _words(value)
 
 
+def raw_figures(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number and text of an evaluation by its dotted name, as it stands in the JSON file."""
+    if isinstance(value, Mapping | list):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from raw_figures(each, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
 _SHARE = {"count", "of", "share", "interval", "ci", "low", "high"}
 
 

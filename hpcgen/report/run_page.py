@@ -3,13 +3,14 @@
 import csv
 import io
 import logging
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcgen import __version__
 from hpcgen.errors import UsageError
-from hpcgen.files import make_folder, whole, write_whole
+from hpcgen.files import draft_of, make_folder, storage_faults, write_whole
 from hpcgen.report.cards import STYLE, candidates_part, script
 from hpcgen.report.compare import MOST_RUNS
 from hpcgen.report.gather import Gathered, gather
@@ -17,6 +18,7 @@ from hpcgen.report.parts import fact_list, section, text, whole_page
 from hpcgen.report.run import Run, read_runs
 from hpcgen.report.sections import Part, Table, asked_part, distributions_part, training_part, validity_part
 from hpcgen.report.style import style
+from hpcgen.store.read import Store
 
 log = logging.getLogger(__name__)
 CONTENTS = "contents.txt"  # of the folder beside the page: the files that it made
@@ -61,14 +63,15 @@ def write_report(request: Request) -> Path:
     Raises UsageError, InputError for what is no run or no reference, SiteError without matplotlib, StorageError.
     """
     runs = read_runs(request.runs)
+    if request.reference is not None:
+        Store(request.reference, request.split)  # one that cannot be read is told before anything is done
     with style():
+        make_folder(request.folder)
         parts = _parts(request, runs)
-    make_folder(request.folder)
     files = {f"{shown.name}.png": shown.png for part in parts for shown in part.pictures if shown.name}
     files |= {f"{name}.csv": _as_csv(told) for part in parts for name, told in part.tables.items()}
     for name, content in files.items():
-        with whole(request.folder / name) as draft:
-            draft.write_bytes(content)
+        _put(request.folder / name, content)
     _clear_up(request.folder, files)
     title = " and ".join(run.name for run in runs)
     body = [f"<header><h1>{text(title)}</h1>\n<p>{text(_lead(runs))}</p></header>", *(part.html for part in parts)]
@@ -122,6 +125,17 @@ def _as_csv(told: Table) -> bytes:
     text_file = io.StringIO()
     csv.writer(text_file, lineterminator="\n").writerows([told.heads, *told.rows])
     return text_file.getvalue().encode()
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Whole or absent for every reader, without waiting for the disk: it can be drawn again. Raises StorageError."""
+    draft = draft_of(path, uuid.uuid4().hex[:8])
+    with storage_faults(path):
+        try:
+            draft.write_bytes(content)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def _clear_up(folder: Path, files: dict[str, bytes]) -> None:

@@ -21,12 +21,14 @@ from hpcgen.report.distributions import (
     systems_picture,
     wide_pictures,
 )
-from hpcgen.report.evaluated import figures_of, meaning_of, validity_of
+from hpcgen.report.done import asked_and_done, settings_of
+from hpcgen.report.evaluated import figures_of, meaning_of, raw_figures, validity_of
 from hpcgen.report.gather import BOND, SYMPREC, Gathered
 from hpcgen.report.parts import fact_list, figure, grid, section, table, text
 from hpcgen.report.pictures import WIDE, Picture, picture
-from hpcgen.report.run import Run, Training, asked_and_done, curve, settings_of, training_of
+from hpcgen.report.run import Run
 from hpcgen.report.style import percent
+from hpcgen.report.training import Training, curve, training_of
 
 _PASSING = {"time", "kind", "step", "epoch", "crystals", "bad"}  # of a line of metrics.jsonl: no curves
 _MOST_POINTS = 1500  # of a curve in a figure; the table has all
@@ -72,28 +74,36 @@ def asked_part(runs: Sequence[Run]) -> Part:
     """What was asked for, what became of it, how fast, and with which settings."""
     heads = ("", *(run.name for run in runs))
     done = _columns(runs, [asked_and_done(run) for run in runs])
-    settings = _columns(runs, [settings_of(run) for run in runs])
-    differing = [row for row in settings if len(set(row[1:])) > 1]
-    same = [row for row in settings if len(set(row[1:])) == 1]
     body = _shown(heads, done)
+    tables = {"runs": Table(("fact", *heads[1:]), done)}
     reasons = sorted({why for run in runs for why in run.rejected})
-    rejected: list[Row] = [(why, *(run.rejected.get(why, 0) for run in runs)) for why in reasons]
-    if rejected:
-        shares = [
-            (why, *(f"{run.rejected.get(why, 0):,} ({percent(run.rejected.get(why, 0), run.asked)})" for run in runs))
-            for why in reasons
-        ]
+    if reasons:
+        tables["rejected"] = Table(
+            ("reason", *heads[1:]), [(why, *(run.rejected.get(why, 0) for run in runs)) for why in reasons]
+        )
+        shares = [(why, *(_share(run.rejected.get(why, 0), run.asked) for run in runs)) for why in reasons]
         body += f"<h3>Rejected, of all asked for</h3>{table(('reason', *heads[1:]), shares)}"
-    if len(runs) > 1 and differing:
-        body += f"<h3>Settings that differ</h3>{_shown(('setting', *heads[1:]), differing)}"
-    rest = same if len(runs) > 1 else settings
-    if rest:
-        words = "The same in all" if len(runs) > 1 else "Settings"
-        body += f"<details><summary>{words}: {len(rest)}</summary>{_shown(('setting', *heads[1:]), rest)}</details>"
-    tables = {"runs": Table(("fact", *heads[1:]), done), "settings": Table(("setting", *heads[1:]), settings)}
-    if rejected:
-        tables["rejected"] = Table(("reason", *heads[1:]), rejected)
+    for kind in dict.fromkeys(run.kind for run in runs):
+        body += _settings(kind, [run for run in runs if run.kind == kind], tables)
     return Part(section("Asked and done", body), [], tables)
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count:,} ({percent(count, of)})"
+
+
+def _settings(kind: str, runs: Sequence[Run], tables: dict[str, Table]) -> str:
+    """Settings of the runs of one kind: those that differ in sight, the others folded away."""
+    rows = _columns(runs, [settings_of(run) for run in runs])
+    if not rows:
+        return ""
+    heads = ("setting", *(run.name for run in runs))
+    tables[f"settings_{kind}"] = Table(heads, rows)
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    same = [row for row in rows if row not in differing]
+    shown = f"<h3>Settings of the {kind} runs that differ</h3>{_shown(heads, differing)}" if differing else ""
+    words = f"Settings of the {kind}" + (f" runs, the same in all: {len(same)}" if len(runs) > 1 else f": {len(same)}")
+    return f"{shown}<details><summary>{words}</summary>{_shown(heads, same)}</details>"
 
 
 # ---- validity --------------------------------------------------------------------------------------------------------
@@ -130,7 +140,10 @@ def _evaluation(runs: Sequence[Run], task: str, part: Part) -> str:
     told = [run.evaluations[task] for run in having]
     rows = [(*row, meaning_of(str(row[0]), told)) for row in _columns(having, [figures_of(each) for each in told])]
     heads = ("figure", *(run.name for run in having), "what defines it")
-    part.tables[f"evaluation_{task}"] = Table(heads, rows)
+    raw = [dict(raw_figures(each["figures"])) for each in told]
+    names = dict.fromkeys(name for each in raw for name in each)
+    values = [(name, *("" if (one := each.get(name)) is None else one for each in raw)) for name in names]
+    part.tables[f"evaluation_{task}"] = Table(heads[:-1], values)
     said = []
     for run, each in zip(having, told, strict=True):
         lost = each.get("not_measured") if isinstance(each.get("not_measured"), dict) else {}

@@ -107,7 +107,7 @@ def draw_solid(axes: "Axes", title: str, shown: Solid) -> None:
     turned, corners = shown.atoms @ _rotation(), shown.corners @ _rotation()
     size = _BALL * radii().numpy()[shown.numbers]
     for i, j in EDGES:
-        axes.plot(*corners[[i, j], :2].T, color=QUIET, lw=0.8, zorder=float(corners[[i, j], 2].mean()))
+        axes.plot(*corners[[i, j], :2].T, color=QUIET, lw=0.8, zorder=float(corners[[i, j], 2].min()) - 0.01)
     for i, j in shown.bonds:
         ends = _between(turned[i], turned[j], size[i], size[j])
         axes.plot(*ends[:, :2].T, color=_STICK, lw=2.2, zorder=float(ends[:, 2].mean()), solid_capstyle="butt")

@@ -37,7 +37,7 @@ for (const canvas of document.querySelectorAll("canvas[data-solid]")) {
     const back = Math.min(...corners.map((corner) => corner[2]));
     for (const [i, j] of solid.edges) {
       const hidden = Math.min(corners[i][2], corners[j][2]) === back; // the three edges of the far corner
-      const depth = hidden ? -1e9 : (corners[i][2] + corners[j][2]) / 2;
+      const depth = hidden ? -1e9 : Math.min(corners[i][2], corners[j][2]) - 0.01; // behind the balls at its ends
       parts.push([depth, line(corners[i], corners[j], quiet, 1, hidden ? [3, 4] : [])]);
     }
     for (const [i, j] of solid.bonds) { // from the surface of one ball to that of the other
