@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -399,3 +401,24 @@ def test_the_browser_would_have_told(tmp_path: Path, chromium: browser.Page) -> 
     bad.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); missing()</script>")
     chromium.open(bad.as_uri(), 400, 400)
     assert len(chromium.complaints()) >= 2 and "http://127.0.0.1:9/x.png" in chromium.requests()
+
+
+@pytest.mark.bench
+def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
+    rows = Crystals.cat(list(SPECIAL.values()) * 500)
+    ids = np.arange(len(rows))
+    parts = (("all", Rows(rows, [f"{part}-{at}" for at in ids])) for part in range(60))
+    write_store(tmp_path / "large", Head("large"), parts)
+    write_store(tmp_path / "small", Head("small"), [("all", Rows(rows, list(map(str, ids))))])
+    peaks = {}
+    for name in ("small", "large"):
+        code = (
+            "import resource, sys; from hpcgen import cli; code = cli.main(sys.argv[1:]); "
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024); sys.exit(code)"
+        )
+        words = ["report", str(tmp_path / name), "--out", str(tmp_path / f"{name}.html"), "--top", "1"]
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peaks[name] = int(done.stdout.split()[-1])
+    print(f"\n3,500 crystals: {peaks['small']} MB at the peak; 210,000: {peaks['large']} MB")
+    assert peaks["large"] < peaks["small"] + 100

@@ -67,7 +67,8 @@ def histograms(runs: Sequence[Gathered], reference: Gathered | None) -> list[His
     ]  # fmt: skip
     for name, unit in _columns_of(runs):
         spreads = [_column(each, name, unit) for each in every]
-        found.append(made(f"column_{name}", label(name), unit or label(name), spreads))
+        whole = all(g.all.columns[name].spec.kind == "int" for g in runs if name in g.all.columns)
+        found.append(made(f"column_{name}", label(name), unit or label(name), spreads, whole))
     return found
 
 

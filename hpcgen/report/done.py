@@ -16,8 +16,9 @@ def asked_and_done(run: Run) -> dict[str, str]:
     """What was asked for and what became of it, in the order of the page."""
     told: dict[str, str] = {"kind": _kind(run)}
     if run.manifest is not None:
-        told |= {"crystals asked for": f"{run.asked:,}", "crystals written": f"{run.crystals:,}"}
-        told["atoms written"] = f"{sum(shard.atoms for shard in run.manifest.shards):,}"
+        if run.kind == "campaign":
+            told["crystals asked for"] = f"{run.asked:,}"
+        told |= {"crystals": f"{run.crystals:,}", "atoms": f"{sum(shard.atoms for shard in run.manifest.shards):,}"}
         if run.kind == "campaign":
             lost = sum(run.rejected.values())
             told["rejected"] = f"{lost:,}" if lost else "none"

@@ -58,15 +58,15 @@ for (const canvas of document.querySelectorAll("canvas[data-solid]")) {
         pen.lineWidth = 1;
         pen.strokeStyle = ink;
         pen.stroke();
-        if (radius < 6) return;
-        pen.fillStyle = light(element.colour) ? ink : "#fff";
+        const inside = radius >= 6; // else beside it
+        pen.fillStyle = inside && !light(element.colour) ? "#fff" : ink;
         pen.font = `600 ${Math.min(14, Math.max(8, 0.85 * radius))}px system-ui, sans-serif`;
-        pen.fillText(element.symbol, x, y + 0.5);
+        pen.textAlign = inside ? "center" : "left";
+        pen.fillText(element.symbol, inside ? x : x + radius + 1, y + 0.5);
       }]);
     });
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, side, side);
-    pen.textAlign = "center";
     pen.textBaseline = "middle";
     parts.sort((one, other) => one[0] - other[0]).forEach(([, paint]) => paint());
     canvas.dataset.look = `${turn.toFixed(3)} ${tilt.toFixed(3)} ${zoom.toFixed(3)}`;
