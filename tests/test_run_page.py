@@ -255,6 +255,9 @@ def test_a_solid_shows_what_is_on_its_faces() -> None:
     many = Crystals(torch.rand(700, 3, dtype=torch.float64), 30 * torch.eye(3, dtype=torch.float64)[None],
                     torch.full((700,), 6), torch.tensor([700]))  # fmt: skip
     assert len(solid(many).atoms) == 600 and solid(many).note == "the first 600 of 700 atoms"
+    heap = Crystals(torch.zeros(9, 3, dtype=torch.float64), 5 * torch.eye(3, dtype=torch.float64)[None],
+                    torch.full((9,), 8), torch.tensor([9]))  # fmt: skip
+    assert len(solid(heap).atoms) == 72 and not solid(heap).bonds
 
 
 def test_histograms_count_what_is_outside_too() -> None:

@@ -59,57 +59,37 @@ def script() -> str:
     return resources.files("hpcgen.report").joinpath("view.js").read_text(encoding="utf-8")
 
 
+_FACTS = ("run", "place", "id", "formula", "space group", "valid", "atoms", "density (g/cm³)", "column", "value",
+          "unit")  # fmt: skip
+_PEAKS = ("run", "place", "id", "two theta (degrees)", "intensity", "spacing (Å)", "h k l")
+
+
 def candidates_part(runs: Sequence[Run], top: int, sample: int, seed: int) -> Part:
-    """The best crystals of each run."""
-    part = Part("")
-    heads = (
-        "run",
-        "place",
-        "id",
-        "formula",
-        "space group",
-        "valid",
-        "atoms",
-        "density (g/cm³)",
-        "column",
-        "value",
-        "unit",
-    )
-    numbers: list[Row] = []
+    """The best crystals of each run, each run in a column of its own."""
+    facts: list[Row] = []
     peaks: list[Row] = []
+    part = Part("", tables={"candidates": Table(_FACTS, facts), "diffraction": Table(_PEAKS, peaks)})
     columns = []
     for at, run in enumerate(runs):
         chosen, how = choose(open_run(run.path), top, sample, seed)
         cards = []
-        for place, candidate in enumerate(chosen):
-            name, shown, pattern = (
-                f"candidate_{at + 1}_{place + 1:02d}",
-                solid(candidate.crystal),
-                diffraction(candidate.crystal),
-            )
-            pictures = _pictures(name, candidate, shown, pattern)
+        for place, candidate in enumerate(chosen, start=1):
+            shown, pattern = solid(candidate.crystal), diffraction(candidate.crystal)
+            pictures = _pictures(f"candidate_{at + 1}_{place:02d}", candidate, shown, pattern)
             part.pictures += pictures
             cards.append(_card(candidate, shown, pattern, pictures[1:]))
-            numbers += _numbers(run.name, place + 1, candidate)
-            peaks += [
-                (run.name, place + 1, candidate.id, *(float(f"{x:.6g}") for x in sticks), " ".join(map(str, hkl)))
-                for *sticks, hkl in zip(pattern.angles, pattern.heights, pattern.spacings, pattern.hkl, strict=True)
-            ]
+            facts += _facts(run.name, place, candidate)
+            peaks += [(run.name, place, candidate.id, *peak) for peak in _peaks(pattern)]
         title = f"<h3>{text(run.name)}</h3>" if len(runs) > 1 else ""
-        columns.append(f"<div>{title}{paragraph(f'Chosen: {how}; no formula twice.')}"
-                       f"<div class=cards>{''.join(cards)}</div></div>")  # fmt: skip
-    part.tables["candidates"] = Table(heads, numbers)
-    part.tables["diffraction"] = Table(
-        ("run", "place", "id", "two theta (degrees)", "intensity", "spacing (Å)", "h k l"), peaks
-    )
+        said = paragraph(f"Chosen: {how}; no formula twice.")
+        columns.append(f"<div>{title}{said}<div class=cards>{''.join(cards)}</div></div>")
     words = (
         f"Space groups within {SYMPREC:g} Å. Valid: atoms 0.5 Å apart and a composition that balances. Pictures: "
         "the cell as it is, moved so that an atom of the rarest element is at its corners. Patterns: "
         f"pymatgen's XRDCalculator, {WAVELENGTH[:2]} Kα, 2θ {ANGLES[0]:g}° to {ANGLES[1]:g}°, strongest peak 100. "
-        + _HOW
     )
     side = "side" if len(runs) > 1 else "alone"
-    part.html = section("Best candidates", paragraph(words) + f"<div class={side}>{''.join(columns)}</div>")
+    part.html = section("Best candidates", f"{paragraph(words + _HOW)}<div class={side}>{''.join(columns)}</div>")
     return part
 
 
@@ -129,8 +109,7 @@ def _pictures(name: str, candidate: Candidate, shown: Solid, pattern: Pattern) -
 
 
 def _card(candidate: Candidate, shown: Solid, pattern: Pattern, pictures: Sequence[Picture]) -> str:
-    counts = dict.fromkeys(sorted(set(shown.numbers.tolist())), 0)
-    words = f"{candidate.formula} in its cell, {len(shown.atoms)} balls of {len(counts)} elements; drag to turn"
+    words = f"{candidate.formula} in its cell: {len(shown.atoms)} atoms, those on faces on both sides; drag to turn"
     canvas = f"<canvas tabindex=0 role=img aria-label='{text(words)}' data-solid='{text(shown.as_json())}'></canvas>"
     note = f"<p class=key>{text(shown.note)}</p>" if shown.note else ""
     below = "".join(map(figure, pictures)) or f"<p class=key>Powder pattern {text(pattern.note)}</p>"
@@ -147,9 +126,15 @@ def symmetry(number: int) -> str:
     return f"{symbol} ({number})"
 
 
-def _numbers(run: str, place: int, candidate: Candidate) -> list[Row]:
+def _facts(run: str, place: int, candidate: Candidate) -> list[Row]:
     """A line for each column of the crystal, or one without."""
     head = (run, place, candidate.id, candidate.formula, candidate.space_group or "none found", int(candidate.valid),
             len(candidate.crystal.atomic_numbers), round(density(candidate.crystal), 4))  # fmt: skip
     values = [(name, value, unit) for name, (value, unit) in candidate.values.items()]
     return [(*head, *value) for value in values or [("", "", "")]]
+
+
+def _peaks(pattern: Pattern) -> list[Row]:
+    """Angle, intensity, spacing and plane of each."""
+    sticks = zip(pattern.angles, pattern.heights, pattern.spacings, pattern.hkl, strict=True)
+    return [(*(float(f"{x:.6g}") for x in stick), " ".join(map(str, hkl))) for *stick, hkl in sticks]

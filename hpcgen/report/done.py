@@ -54,7 +54,7 @@ def _pace(run: Run) -> dict[str, str]:
         told["crystals per second, last launch"] = f"{rate:.3g}"
     if is_number(outside := run.summary.get("outside")):
         told["time outside the model, last launch"] = f"{100 * outside:.1f} %"
-    blocks = read_json_lines(run.path / METRICS)
+    blocks = [line for line in read_json_lines(run.path / METRICS) if isinstance(line, dict)]
     sampled = sum(number_of(line, "sampled") for line in blocks)
     spent = sum(number_of(line, "sampling_s") for line in blocks)
     if spent:

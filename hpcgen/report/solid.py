@@ -9,6 +9,7 @@ import numpy as np
 
 from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.metrics.validity import LEAST_DISTANCE
 from hpcgen.report.gather import BOND, radii
 from hpcgen.report.style import INK, QUIET
 
@@ -92,10 +93,10 @@ def _on_both_faces(frac: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _bonds(atoms: np.ndarray, numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Pairs of drawn atoms closer than BOND times the sum of their covalent radii."""
+    """Pairs of drawn atoms closer than BOND times the sum of their covalent radii, those on top of each other not."""
     radius = radii().numpy()[numbers]
     apart = np.linalg.norm(atoms[:, None] - atoms[None], axis=-1)
-    near = np.triu(apart < BOND * (radius[:, None] + radius[None]), 1)
+    near = np.triu((apart < BOND * (radius[:, None] + radius[None])) & (apart > LEAST_DISTANCE), 1)
     return [(int(i), int(j)) for i, j in zip(*near.nonzero(), strict=True)]
 
 

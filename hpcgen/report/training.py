@@ -49,7 +49,8 @@ def _changed(checkpoint: Path, sha256: str) -> str:
 
 def read_training(path: Path, note: str = "") -> Training:
     """The lines of metrics.jsonl by kind, each with a finite step."""
-    lines = [line for line in read_json_lines(path / METRICS) if is_number(line.get("step"))]
+    found = (line for line in read_json_lines(path / METRICS) if isinstance(line, dict))
+    lines = [line for line in found if is_number(line.get("step"))]
     lines.sort(key=lambda line: line["step"])
     train, validation = ([line for line in lines if line.get("kind") == kind] for kind in ("train", "validation"))
     return Training(path, train, validation, note)
