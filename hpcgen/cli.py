@@ -96,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     _add_campaign(verbs)
     _add_evaluate(verbs)
     _add_export(verbs)
+    _add_report(verbs)
     _add_submit(verbs)
     _add_status(verbs)
     _add_doctor(verbs)
@@ -372,6 +373,40 @@ def _export(arguments: argparse.Namespace) -> int:
         arguments.split, arguments.symprec,
     )  # fmt: skip
     print(f"{arguments.out}: {export(request):,} crystals as {arguments.format}")
+    return DONE
+
+
+def _add_report(verbs: argparse._SubParsersAction) -> None:
+    report = verbs.add_parser("report", help="one HTML page of a run, or several side by side: rates, validity, "
+                              "distributions, training curves, best candidates")  # fmt: skip
+    report.add_argument("reported", type=Path, nargs="+", metavar="RUN", help="a campaign's or a training's folder, or "
+                        "any store; at most 6")  # fmt: skip
+    report.add_argument("--out", type=Path, required=True, metavar="FILE", help="as page.html; figures as PNG and "
+                        "tables as CSV go into page_files beside it")  # fmt: skip
+    report.add_argument("--reference", type=Path, metavar="STORE", help="known crystals to hold the runs against")
+    report.add_argument("--split", help="of the reference: train, val, test (default: all)")
+    report.add_argument("--sample", type=int, default=2000, metavar="N", help="crystals of each store looked at one by "
+                        "one, for cells, bonds and space groups (default: %(default)s)")  # fmt: skip
+    report.add_argument("--seed", type=int, default=0, help="of that sample (default: %(default)s)")
+    report.add_argument("--top", type=int, default=8, metavar="N", help="candidates of each run (default: %(default)s)")
+    report.set_defaults(run=_report, job=_report_job)
+
+
+def _report_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]]:
+    return arguments.reported[0], [*arguments.reported, arguments.reference or ""]
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from hpcgen.report.run_page import Request, write_report
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    request = Request(
+        arguments.reported, arguments.out, arguments.reference, arguments.split, arguments.sample, arguments.seed,
+        arguments.top,
+    )  # fmt: skip
+    print(f"{arguments.out}: open it with a browser; figures and tables are in {write_report(request)}")
     return DONE
 
 

@@ -32,6 +32,7 @@ hpcgen submit preprocess preprocess/prototypes.py --out prototypes --dry-run
 hpcgen submit {TRAIN} out=alone --dry-run
 hpcgen submit campaign --n 4 --out made --dry-run
 hpcgen submit evaluate made --dry-run
+hpcgen submit report made --out page.html --dry-run
 hpcgen --help
 
 torchrun --standalone --nproc-per-node=2 -m hpcgen.cli {TRAIN} out=ranks
@@ -52,6 +53,7 @@ hpcgen export made --format zip --out zip
 hpcgen export made --format cdvae --out cdvae
 hpcgen export made --format diffcsp --out diffcsp
 hpcgen export made --format store --out again
+hpcgen report made alone --reference prototypes --sample 50 --top 1 --out page.html
 hpcgen status alone
 hpcgen status made
 """
@@ -153,6 +155,7 @@ def test_a_whole_session_without_network(lonely: Path) -> None:
             assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     assert (lonely / "prototypes" / "summary.html").exists()
     assert len(list((lonely / "cif").glob("*.cif"))) == 4
+    assert (lonely / "page.html").exists() and len(list((lonely / "page_files").glob("*.png"))) > 20
     assert (lonely / "ranks" / "last.pt").exists()
     assert json.loads((lonely / "shared" / "summary.json").read_text())["asked"] == 32
 

@@ -52,8 +52,8 @@ def test_the_first_store_its_verbs_and_the_snippet(tmp_path: Path) -> None:
 def test_the_first_campaign(tmp_path: Path) -> None:
     lines = shell_lines()
     make = lines.index("hpcgen campaign --n 1000")
-    small = [lines[make].replace("1000", "12") + " --steps 3", *lines[make + 1 : make + 3]]
-    assert [line.split()[1] for line in small] == ["campaign", "evaluate", "export"]
+    small = [lines[make].replace("1000", "12") + " --steps 3", *lines[make + 1 : make + 4]]
+    assert [line.split()[1] for line in small] == ["campaign", "evaluate", "export", "report"]
     for line in small:
         done = sh(line, tmp_path)
         assert done.returncode == 0, done.stderr

@@ -18,7 +18,8 @@ import torch
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.errors import InputError, SiteError
 from hpcgen.report.figures import draw_space_groups, hermann_mauguin, place
-from hpcgen.report.page import read_rejects, text, write_summary
+from hpcgen.report.page import read_rejects, write_summary
+from hpcgen.report.parts import text
 from hpcgen.report.pictures import pictures, summary_png
 from hpcgen.report.spread import Spread
 from hpcgen.report.style import RAMP, four_digits, percent, short

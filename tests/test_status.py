@@ -420,6 +420,14 @@ def test_a_job_that_starts_again_and_one_that_goes_on_with_other_things(tmp_path
     assert told(tmp_path).state == "stopped"
 
 
+def test_a_queued_page_is_not_the_run(tmp_path: Path, no_slurm: Path) -> None:
+    submitted(tmp_path, "train", "29")
+    submitted(tmp_path, "report", "30")
+    answer(no_slurm, "squeue", "29|PENDING|N/A|Priority\n30|PENDING|N/A|Dependency\n")
+    status = told(tmp_path)
+    assert (status.verb, status.state, len(status.jobs)) == ("train", "queued", 2)
+
+
 def test_jobs_of_other_verbs_are_shown_and_decide_nothing(tmp_path: Path, no_slurm: Path) -> None:
     trained(tmp_path, began(100.0), {"time": 300.0, "event": "done", "step": 100})
     submitted(tmp_path, "evaluate", "30")

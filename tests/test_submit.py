@@ -80,6 +80,7 @@ BAD = [
     (["train.nodes=many"], "train.nodes"),
     (["train.tasks_per_node=9", "train.gpus_per_node=8"], "want one task for each GPU"),
     (["train.tasks_per_node=4", "train.gpus_per_node=8"], "a task for each GPU"),
+    (["report.tasks_per_node=2"], "one process draws the page"),
     (["gpu_flag=gpus-per-task", "campaign.tasks_per_node=2", "campaign.gpus_per_node=4"], "wants as many"),
     (["signal_s=-1"], "signal_s = -1"),
     (["signal_s=120", "campaign.minutes=2"], "the job would hear of its end before it begins"),

@@ -100,7 +100,7 @@ class Folder:
         for verb, marks in (("campaign", {"checkpoint", "tile"}), ("train", {"store", "steps"})):
             if marks <= self.settings.keys():
                 return verb
-        submitted = {str(told.get("verb")) for told in self.submitted} - {"evaluate"}
+        submitted = {str(told.get("verb")) for told in self.submitted} - {"evaluate", "report"}
         if not submitted and not begun:
             raise InputError(f"{self.run}: holds no run of hpcgen preprocess, train, campaign or evaluate")
         return min(submitted, default="")

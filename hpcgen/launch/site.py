@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hpcgen.errors import UsageError
 
-VERBS = ("preprocess", "train", "campaign", "evaluate")
+VERBS = ("preprocess", "train", "campaign", "evaluate", "report")
 GPU_FLAGS = ("gres", "gpus-per-node", "gpus-per-task", "none")
 OWN_FLAGS = (
     "job-name",
@@ -67,6 +67,7 @@ class Site:
     train: Resources = field(default_factory=Resources)
     campaign: Resources = field(default_factory=Resources)
     evaluate: Resources = field(default_factory=Resources)
+    report: Resources = field(default_factory=Resources)
 
     def resources(self, verb: str) -> Resources:
         """Those of one verb."""
@@ -101,6 +102,8 @@ class Site:
                             ("minutes", 1)):  # fmt: skip
             if getattr(asked, name) < least:
                 raise UsageError(f"{verb}.{name} = {getattr(asked, name)}: want at least {least}")
+        if verb == "report" and asked.tasks > 1:
+            raise UsageError(f"report: nodes * tasks_per_node = {asked.tasks}: one process draws the page, want 1")
         tasks, gpus = asked.tasks_per_node, asked.gpus_per_node
         if gpus and tasks > gpus:
             raise UsageError(

@@ -1,15 +1,14 @@
 """The summary of a store as one picture and as one HTML page that needs neither network nor JavaScript."""
 
-import base64
 import csv
 import dataclasses
-import html
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hpcgen.errors import InputError
 from hpcgen.files import make_folder, whole, write_whole
+from hpcgen.report.parts import Cell, fact_list, figure, grid, section, table, text, whole_page
 from hpcgen.report.pictures import Picture, pictures, summary_png
 from hpcgen.report.style import four_digits, percent
 from hpcgen.report.summary import ColumnCount, Summary
@@ -19,7 +18,6 @@ from hpcgen.store.read import Store
 from hpcgen.store.settings import BuildSettings
 
 _COLUMNS_SHOWN = 24  # a store with more of them folds the rest away
-Cell = tuple[str, ...]
 
 
 def write_summary(store_path: Path, out_png: Path | None, out_html: Path | None) -> None:
@@ -93,21 +91,15 @@ def page(
     """
     body = [
         f"<header><h1>{text(name)}</h1>\n<p>{_lead(summary, manifest)}</p></header>",
-        _section("Key numbers", _facts(_key_numbers(summary))),
-        _section("Elements and space groups", "\n".join(map(_figure, _of(shown, wide=True)))),
-        _section("Sizes and properties", _grid(map(_figure, _of(shown, wide=False)))),
-        _section("Splits", _table(("split", "crystals", "share", "atoms", "files"), _split_rows(manifest))),
-        _section("Columns", _columns(summary)),
-        _section("Rejected rows", _rejects(summary, examples or {})),
-        _section("Made with", _made_with(manifest)),
+        section("Key numbers", fact_list(_key_numbers(summary))),
+        section("Elements and space groups", "\n".join(map(figure, _of(shown, wide=True)))),
+        section("Sizes and properties", grid(map(figure, _of(shown, wide=False)))),
+        section("Splits", table(("split", "crystals", "share", "atoms", "files"), _split_rows(manifest))),
+        section("Columns", _columns(summary)),
+        section("Rejected rows", _rejects(summary, examples or {})),
+        section("Made with", _made_with(manifest)),
     ]
-    return _PAGE.format(title=text(name), style=_CSS, body="\n".join(body))
-
-
-def text(value: object) -> str:
-    """Any value as HTML text: escaped, control characters shown as a box."""
-    words = "".join(letter if letter.isprintable() or letter == " " else "\ufffd" for letter in str(value))
-    return html.escape(words, quote=True)
+    return whole_page(name, body)
 
 
 def _lead(summary: Summary, manifest: Manifest) -> str:
@@ -156,8 +148,8 @@ def _columns(summary: Summary) -> str:
     if not rows:
         return "<p>The store has no columns.</p>"
     first, rest = rows[:_COLUMNS_SHOWN], rows[_COLUMNS_SHOWN:]
-    more = f"<details><summary>{len(rest)} more columns</summary>{_table(heads, rest)}</details>" if rest else ""
-    return _table(heads, first) + more
+    more = f"<details><summary>{len(rest)} more columns</summary>{table(heads, rest)}</details>" if rest else ""
+    return table(heads, first) + more
 
 
 def _column_row(name: str, count: ColumnCount, missing: int) -> Cell:
@@ -176,7 +168,7 @@ def _rejects(summary: Summary, examples: Mapping[str, str]) -> str:
     total = summary.rejects.total()
     ranked = sorted(summary.rejects.items(), key=lambda item: (-item[1], item[0]))
     rows = [(code, f"{count:,}", percent(count, total), examples.get(code, "–")) for code, count in ranked]
-    return _table(("reason", "rows", "share of rejected", "the first one"), rows, "wordy")
+    return table(("reason", "rows", "share of rejected", "the first one"), rows, "wordy")
 
 
 def _made_with(manifest: Manifest) -> str:
@@ -192,101 +184,9 @@ def _made_with(manifest: Manifest) -> str:
         (name, in_words(value), meanings.get(name.removeprefix("settings."), "")) for name, value in flat(head.settings)
     ]
     if not rows:
-        return _facts(facts)
-    return _facts(facts) + _table(("setting", "value", "meaning"), rows, "settings")
-
-
-# ------------------------------------------------------------------------------------------ HTML parts
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{text(title)}</h2>\n{body}\n</section>"
-
-
-def _facts(facts: Iterable[tuple[str, str]]) -> str:
-    return "<dl>" + "".join(f"<div><dt>{text(n)}</dt><dd>{text(v)}</dd></div>" for n, v in facts) + "</dl>"
-
-
-def _table(heads: Cell, rows: Iterable[Cell], kind: str = "") -> str:
-    """First column to the left, numbers to the right."""
-    top = "".join(f"<th scope=col>{text(head)}</th>" for head in heads)
-    lines = "\n".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    table = f"<table><thead><tr>{top}</tr></thead>\n<tbody>{lines}</tbody></table>"
-    return f"<div class='scroll {kind}'>{table}</div>"
+        return fact_list(facts)
+    return fact_list(facts) + table(("setting", "value", "meaning"), rows, "settings")
 
 
 def _of(shown: Sequence[Picture], *, wide: bool) -> list[Picture]:
     return [picture for picture in shown if picture.wide is wide]
-
-
-def _grid(figures: Iterable[str]) -> str:
-    return f"<div class=grid>{''.join(figures)}</div>"
-
-
-def _figure(picture: Picture) -> str:
-    data = base64.b64encode(picture.svg).decode()
-    image = f'<img alt="{text(picture.alt)}" src="data:image/svg+xml;base64,{data}">'
-    return f"<figure class={'wide' if picture.wide else 'small'}>{image}</figure>\n"
-
-
-_CSS = """
-:root { --ink: #1f2b36; --quiet: #5d6873; --rule: #d5dbe0; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.5rem 3rem; max-width: 1120px; color: var(--ink); background: #fff;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Liberation Sans", Arial, sans-serif; }
-h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 2.2rem 0 .6rem; padding-bottom: .25rem; font-size: 1.05rem;
-  border-bottom: 1px solid var(--rule); }
-header p { margin: .4rem 0 0; color: var(--quiet); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 0 2rem; margin: 0; }
-dl div { display: flex; justify-content: space-between; gap: 1rem; padding: .22rem 0;
-  border-bottom: 1px solid #eef1f3; }
-dt { color: var(--quiet); }
-dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-figure { margin: 0; }
-img { display: block; width: 100%; height: auto; }
-.wide + .wide { margin-top: 1.2rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.2rem 1.6rem; }
-.scroll, .wide { overflow-x: auto; }
-table { border-collapse: collapse; min-width: min(100%, 34rem); font-variant-numeric: tabular-nums; }
-th { font-weight: 600; color: var(--quiet); border-bottom: 1px solid var(--rule); }
-th, td { padding: .28rem 1.3rem .28rem 0; text-align: right; white-space: nowrap; }
-td { border-bottom: 1px solid #eef1f3; }
-th:first-child, td:first-child { text-align: left; }
-dl + .scroll { margin-top: 1rem; }
-.wordy td:last-child, .wordy th:last-child {
-  min-width: 16rem; text-align: left; white-space: normal; overflow-wrap: anywhere; }
-.settings td, .settings th { text-align: left; vertical-align: top; white-space: normal; overflow-wrap: anywhere; }
-.settings td:first-child, .settings th { overflow-wrap: normal; }
-.settings td:nth-child(2) { min-width: 9rem; } .settings td:nth-child(3) { min-width: 12rem; }
-details { margin-top: .8rem; } summary { cursor: pointer; color: var(--quiet); }
-@media (max-width: 700px) {
-  body { padding: 1.2rem 1rem 2rem; }
-  h1 { font-size: 1.5rem; }
-  dl, .grid { grid-template-columns: 1fr; }
-  .wide img { width: 680px; }
-  th, td { padding-right: .7rem; font-size: .9rem; }
-}
-@media print {
-  body { max-width: none; padding: 0; font-size: 10pt; filter: grayscale(1); }
-  .grid { grid-template-columns: repeat(3, 1fr); gap: .8rem; }
-  dl { grid-template-columns: repeat(3, 1fr); }
-  h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
-}
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

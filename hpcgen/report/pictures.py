@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Draw = Callable[["Axes"], None]
-_SMALL = (3.75, 2.35)  # inches: 360 CSS pixels, so that letters keep their size on a phone
-_WIDE = 8.6
+SMALL = (3.75, 2.35)  # inches: 360 CSS pixels, so that letters keep their size on a phone
+WIDE = 8.6
 _LEFT, _RIGHT = 0.065, 0.975  # margins of the whole picture, as shares of its width
+_DPI = 200  # of a figure that is a file of its own
 _MOST = 14  # properties drawn on the page; the table there tells of all columns
 
 
@@ -72,17 +73,19 @@ class Picture:
     alt: str
     svg: bytes
     wide: bool = False
+    name: str = ""  # of its file beside the page, without ending; '': none is made
+    png: bytes = b""
 
 
 def pictures(summary: Summary) -> list[Picture]:
     """The single figures as SVG, wide ones first. Raises SiteError without matplotlib."""
     with style():
         draw = partial(draw_elements, summary=summary)
-        shown = [_picture(_elements_in_words(summary), (_WIDE, 4.8), (0.005, 0.0, 0.99, 0.94), draw, wide=True)]
+        shown = [picture(elements_in_words(summary), (WIDE, 4.8), (0.005, 0.0, 0.99, 0.94), draw, wide=True)]
         if summary.has_space_groups:
             words = "Bars of the number of crystals in each space group, 1 to 230, by crystal system"
             draw = partial(draw_space_groups, summary=summary)
-            shown.append(_picture(words, (_WIDE, 2.6), (0.075, 0.18, 0.915, 0.54), draw, wide=True))
+            shown.append(picture(words, (WIDE, 2.6), (0.075, 0.18, 0.915, 0.54), draw, wide=True))
         shown += [
             _small("Histogram of the number of atoms in the cell", partial(draw_sizes, summary=summary)),
             _small("Bars of the number of elements in a crystal", partial(draw_varieties, summary=summary)),
@@ -96,7 +99,7 @@ def pictures(summary: Summary) -> list[Picture]:
         return shown
 
 
-def _elements_in_words(summary: Summary) -> str:
+def elements_in_words(summary: Summary) -> str:
     from ase.data import chemical_symbols
 
     order = (-summary.with_element).argsort(kind="stable")[:8]
@@ -109,28 +112,29 @@ def _small(alt: str, draw: Draw, left: float = 0.16) -> Picture:
         draw(axes)
         axes.set_title(axes.get_title("left"), pad=27)  # titles of one row at one height
 
-    return _picture(alt, _SMALL, (left, 0.2, 0.97 - left, 0.55), draw_in_line)
+    return picture(alt, SMALL, (left, 0.2, 0.97 - left, 0.55), draw_in_line)
 
 
-def _picture(
+def picture(
     alt: str,
     size: tuple[float, float],
     box: tuple[float, float, float, float],
     draw: Draw,
     *,
     wide: bool = False,
+    name: str = "",
 ) -> Picture:
-    """size in inches; box as left, bottom, width and height in shares of it."""
+    """size in inches; box as left, bottom, width and height in shares of it. With a name also as PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size)
     draw(figure.add_axes(box))
-    return Picture(alt, _bytes(figure, "svg"), wide)
+    return Picture(alt, _bytes(figure, "svg"), wide, name, _bytes(figure, "png", _DPI) if name else b"")
 
 
-def _bytes(figure: "Figure", kind: str) -> bytes:
+def _bytes(figure: "Figure", kind: str, dpi: int = 0) -> bytes:
     """The figure as a file, without a date in it: the same summary gives the same bytes."""
     file = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    figure.savefig(file, format=kind, metadata=metadata)
+    figure.savefig(file, format=kind, metadata=metadata, dpi=dpi or "figure")
     return file.getvalue()

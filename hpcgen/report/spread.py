@@ -20,6 +20,16 @@ class Spread:
         self._counts = np.zeros(0, dtype=np.int64)
         self._waiting: list[np.ndarray] = []
 
+    @staticmethod
+    def of_counts(values: np.ndarray, counts: np.ndarray) -> "Spread":
+        """Values (V,), ascending and all different, with how often each came (V,)."""
+        spread, there = Spread(), counts > 0
+        if there.any():
+            known = values[there].astype(np.float64)
+            spread.low, spread.high = float(known[0]), float(known[-1])
+            spread._keys, spread._counts = _keys(known), counts[there].astype(np.int64)
+        return spread
+
     def add(self, values: np.ndarray) -> None:
         """Count values (B,); those that are not finite are left out."""
         values = values[np.isfinite(values)].astype(np.float64)
