@@ -174,7 +174,7 @@ def test_a_job_out_of_time_is_queued_again_and_ends(cluster: Cluster, store: Pat
 @pytest.mark.bench
 def test_a_campaign_out_of_time_leaves_before_it_is_ended_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     checkpoint, run, calm = make_checkpoint(tmp_path / "model.pt"), tmp_path / "run", tmp_path / "calm"
-    sizes = {"n": 6000, "steps": 8, "tile": 50, "block": 100, "device": "cpu", "processes": 0}
+    sizes = {"n": 16_000, "steps": 8, "tile": 50, "block": 100, "device": "cpu", "processes": 0}
     words = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     flags = ("--nodes=2", "--time=1", "--signal=USR2@10")
     job = sbatch(cluster, 1, "campaign.sh", *words, "--checkpoint", str(checkpoint), flags=flags, HPCGEN_RUN=str(run))
@@ -183,7 +183,7 @@ def test_a_campaign_out_of_time_leaves_before_it_is_ended_and_goes_on(cluster: C
     said = log_of(run, job, "campaign")
     assert restarts >= 1 and said.count("left with 75 and asks to be queued again") == restarts
     assert "TIME LIMIT" not in said, "Slurm ended it"
-    run_campaign(checkpoint, calm, **sizes)
+    run_campaign(checkpoint, calm, **{**sizes, "processes": 2})
     assert content(run) == content(calm)
     assert [name for name in litter(run) if name != "submit"] == []
 

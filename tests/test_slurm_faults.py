@@ -215,7 +215,7 @@ def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("fate", FATES)
+@pytest.mark.parametrize("fate", ["raises", pytest.param("killed", marks=pytest.mark.bench), "stopped"])
 def test_a_rank_of_a_campaign_that_fails_ends_the_job_and_the_same_command_finishes_it(
     cluster: Cluster, checkpoint: Path, made: dict[str, bytes], tmp_path: Path, fate: str
 ) -> None:
