@@ -239,8 +239,8 @@ def test_a_signal_to_a_rank_with_workers(store: Path, tmp_path: Path, number: si
 @pytest.mark.slow
 def test_a_signal_to_ranks_and_their_workers(store: Path, tmp_path: Path) -> None:
     """As Slurm sends it: to every process of the step."""
-    parts, words = tmp_path / "parts", ("workers=2", "steps=16")
-    ranks = start(2, store, parts, *words, toy={"step_s": 0.2})
+    parts = tmp_path / "parts"
+    ranks = start(2, store, parts, "workers=2", toy={"step_s": 0.2})
     until_it_trains(parts)
     workers: list[psutil.Process] = []
     while len(workers) < 4:  # each epoch has its own
@@ -250,8 +250,7 @@ def test_a_signal_to_ranks_and_their_workers(store: Path, tmp_path: Path) -> Non
     assert [rank.wait(60) for rank in ranks] == [75, 75]
     assert psutil.wait_procs(workers, timeout=4)[1] == [], "they live on"
     assert "Traceback" not in ended(ranks)[1]
-    for out in (parts, tmp_path / "whole"):
-        assert job(2, store, out, *words)[0] == [0, 0]
+    assert job(2, store, parts, "workers=2")[0] == job(2, store, tmp_path / "whole")[0] == [0, 0]
     assert_same_run(tmp_path / "whole", parts)
 
 
