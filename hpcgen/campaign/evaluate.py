@@ -36,7 +36,7 @@ LATER = ("reconstruct", "optimize")
 CONTROL = 2000  # crystals of the reference that the control looks at
 PRELOAD = ("hpcgen.campaign.novelty", "hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher", "ase.data",
            "scipy.optimize")  # fmt: skip
-_VERSIONS = ("hpcgen", "pymatgen", "pymatgen-core", "ase", "torch", "numpy")
+_VERSIONS = ("hpcgen", "pymatgen", "pymatgen-core", "ase", "torch", "numpy", "scipy")
 
 
 @dataclass(frozen=True)
