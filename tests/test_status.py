@@ -443,6 +443,11 @@ def test_jobs_of_other_verbs_are_shown_and_decide_nothing(tmp_path: Path, no_slu
     status = told(work)
     assert status.state == "queued", "the job is that of the evaluation"
     assert status.progress is not None and (status.progress.done, status.progress.total) == (1, 4)
+    log(work, {**began(700.0, job=""), "label": "comparing crystals", "blocks": 3})
+    for name in ("same-00000.npz", "same-00001.npz", "cells-00000.h5", "same.npz"):
+        (work / name).touch()
+    status = told(work)
+    assert status.progress is not None and (status.progress.done, status.progress.total) == (2, 3)
 
 
 def test_errors_of_any_rank_are_told(tmp_path: Path) -> None:

@@ -99,7 +99,11 @@ class SameBlock:
 
 
 class Search:
-    """Looks in the bucket of a crystal for what matches it, those of the nearest volume per atom first."""
+    """Looks in the bucket of a crystal for what matches it, those of the nearest volume per atom first.
+
+    It ends at the first match, so copies cost little however many there are. A bucket of crystals that all differ costs
+    a look at every pair of cells; where the cells are alike too, as in many predictions for one formula, a comparison.
+    """
 
     def __init__(self, some: Buckets, cursor: Cursor) -> None:
         self.some, self.cursor = some, cursor
