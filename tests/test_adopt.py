@@ -105,6 +105,8 @@ def test_our_own_files_are_measured_as_the_run_is(run: Path, tmp_path: Path, for
     wanted, found = (sorted(rows, key=lambda row: row["id"]) for rows in (wanted, found))
     for row in wanted + found:
         row["volume_per_atom"] = f"{float(row['volume_per_atom']):.4g}"
+        if format in ("cif", "zip"):  # which carry no columns
+            row["e_above_hull"] = ""
     assert found == wanted
     assert [row["distances"] for row in found].count("0") == 2, "atoms in one place are measured, not rejected"
     beside = {place_of(given, None).name} if format != "cif" else set()
@@ -425,7 +427,7 @@ def test_ranks_of_mpi_share_the_reading(tmp_path: Path) -> None:
     mpi = [str(Path(sys.executable).parent / "mpiexec"), "-n", "2"]
     ended = subprocess.run([*mpi, *command], env=env, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("of 5 asked") == 1, "one rank speaks"
+    assert ended.stdout.count("task          generate") == 1, "one rank speaks"
     assert not (tmp_path / "cifs.store" / "reading").exists()
 
 
