@@ -367,7 +367,9 @@ def test_it_goes_on_where_it_stopped(
     assert len(begun) == 4 and set(begun) == {0, 1, 2}
     assert Store(tmp_path / "cifs.store").ids == [f"{k:03d}" for k in range(12)]
     assert not (tmp_path / "cifs.store" / "reading").exists()
-    assert describe(tmp_path / "cifs.store").state == "done"
+    status = describe(tmp_path / "cifs.store")
+    assert status.state == "done" and status.progress is not None
+    assert (status.progress.done, status.progress.total) == (3, 3)
 
 
 def test_a_structure_that_hangs_or_crashes_costs_itself_alone(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.refused import Refused
 from hpcgen.crystal.symmetry import find_symmetry
-from hpcgen.files import make_folder, whole
+from hpcgen.files import whole
 from hpcgen.metrics.fingerprints import FEATURES, fingerprints
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import Lease
@@ -25,6 +25,7 @@ ROWS = 256  # crystals of a block, at least
 MOST_BLOCKS = 512
 TOGETHER = 16  # crystals that are searched at once; one by one where that crashed or took too long
 PRELOAD = ("hpcgen.metrics.fingerprints",)
+LABELS = {"own": "describing crystals", "known": "describing the reference"}
 SYMPREC = 0.1  # Å
 WIDTH = len(FEATURES) + 2  # and space group, energy
 _RULES = 1  # another number makes all anew
@@ -108,19 +109,22 @@ def _space_group(crystal: Crystals) -> int:
         return 0
 
 
-def describe(side: Side, folder: Path, lease: Lease, stop: StopFlag, processes: int | None, timeout_s: float) -> None:
-    """Write the file in `folder` that `side.read` reads, unless it is there; together with the others of the launch."""
+def describe(
+    side: Side, kind: str, folder: Path, lease: Lease, stop: StopFlag, processes: int | None, timeout_s: float
+) -> None:
+    """Write the file in `folder` that `side.read` reads, unless it is there; together with the others of the launch.
+
+    kind: own, or known of the reference.
+    """
     file = folder / side.name()
     if file.exists():
         return
-    work = make_folder(lease.folder / file.stem)
     rows = max(ROWS, -(-side.count // MOST_BLOCKS))
-    blocks = [Block(number, work / f"{number:06d}.npy", min(rows, side.count - start))
+    blocks = [Block(number, lease.folder / f"described-{kind}-{number:06d}.npy", min(rows, side.count - start))
               for number, start in enumerate(range(0, side.count, rows))]  # fmt: skip
-    how = How(processes, PRELOAD, timeout_s, label="describing")
-    run_blocks(blocks, DescribeBlock(side, rows), lease=lease, stop=stop, how=how).refuse_failed(
-        side.store, len(blocks)
-    )
+    how = How(processes, PRELOAD, timeout_s, label=LABELS[kind])
+    made = run_blocks(blocks, DescribeBlock(side, rows), lease=lease, stop=stop, how=how)
+    made.refuse_failed(side.store, len(blocks))
 
     def join(draft: Path) -> None:
         with whole(file, token=lease.token) as joined, joined.open("wb") as target:
@@ -130,4 +134,4 @@ def describe(side: Side, folder: Path, lease: Lease, stop: StopFlag, processes: 
                 target.write(np.load(block.path).tobytes())
         draft.write_text("joined\n")
 
-    once(work / "joined", join, lease=lease, stop=stop)
+    once(lease.folder / f"joined-{kind}", join, lease=lease, stop=stop)

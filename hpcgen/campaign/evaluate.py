@@ -119,8 +119,8 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
     make_folder(work)
     with StopFlag() as stop, Lease.take(work, team) as lease:
         blocks = _measure(request, reference, counts, work, lease, stop, processes)
-        for side in (likeness.run, likeness.reference) if likeness else ():
-            describe(side, out.parent, lease, stop, processes, request.pair_timeout_s)
+        for kind, side in (("own", likeness.run), ("known", likeness.reference)) if likeness else ():
+            describe(side, kind, out.parent, lease, stop, processes, request.pair_timeout_s)
         more = None
         if request.novelty and request.task == "generate" and counts.written:
             sets = Sets(request.run, counts.written, request.reference, request.split, len(reference or ()))

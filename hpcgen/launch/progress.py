@@ -9,7 +9,8 @@ _STRETCH_S = 600.0  # the rate is that of the last ten minutes
 _PASSES = {"reading structures": "parsed-", "reducing cells": "reduced-", "comparing crystals": "matched-",
            "writing shards": ""}  # fmt: skip
 _MEASURES = {"reducing cells": "cells-", "comparing crystals": "same-", "fingerprints of the reference": "known-",
-             "nearest of the reference": "nearest-"}  # of evaluate, beside its table  # fmt: skip
+             "nearest of the reference": "nearest-", "describing crystals": "described-own-",
+             "describing the reference": "described-known-"}  # of evaluate, beside its table  # fmt: skip
 _BLOCK = re.compile(r"all-(\d+)(?:-to-(\d+))?\.h5")
 
 
@@ -104,11 +105,11 @@ def _blocks(folder: Folder, failed: int) -> Progress:
         return Progress(rows, rows, "items")
     label, total = str(folder.passing.get("label", "")), folder.passing.get("blocks")
     if folder.verb == "evaluate":
-        names, prefix = folder.names, _MEASURES.get(label, "rows-")
+        names, prefix = folder.names, _MEASURES.get(label, "all-" if folder.is_read else "rows-")
     else:
         at = folder.run if label == "writing shards" else folder.run / "work"
         names, prefix = {path.name for path in listed(at, "")}, _PASSES.get(label, "")
-    done = sum(name.startswith(prefix) and name.endswith((".h5", ".npz", ".csv")) for name in names) if label else 0
+    done = sum(name.startswith(prefix) and name.endswith((".h5", ".npz", ".npy", ".csv")) for name in names) if label else 0
     return Progress(done, total if isinstance(total, int) else None, "blocks", label, blocks_failed=failed)
 
 
