@@ -6,7 +6,6 @@ outside a bucket matches: StructureMatcher compares compositions first, and with
 numbers of sites. In a bucket the reference comes first, then the run in its order.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +158,3 @@ def shares(path: Path, most: int) -> list[int]:
         return [0]
     turn = np.ceil(cost / max(cost[-1] / most, _LEAST))
     return [0, *(np.flatnonzero(np.diff(turn)) + 1).tolist(), len(cost)]
-
-
-def bucket_sizes(path: Path) -> Counter[int]:
-    """How many buckets there are of each number of crystals."""
-    return Counter(np.unique(read_keys_of(path, _COLUMNS)["columns/bucket"], return_counts=True)[1].tolist())
