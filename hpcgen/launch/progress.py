@@ -109,7 +109,8 @@ def _blocks(folder: Folder, failed: int) -> Progress:
     else:
         at = folder.run if label == "writing shards" else folder.run / "work"
         names, prefix = {path.name for path in listed(at, "")}, _PASSES.get(label, "")
-    done = sum(name.startswith(prefix) and name.endswith((".h5", ".npz", ".npy", ".csv")) for name in names) if label else 0
+    blocks = [name for name in names if name.startswith(prefix) and name.endswith((".h5", ".npz", ".npy", ".csv"))]
+    done = len(blocks) if label else 0
     return Progress(done, total if isinstance(total, int) else None, "blocks", label, blocks_failed=failed)
 
 
