@@ -325,7 +325,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from hpcgen.campaign.adopt import adopted
     from hpcgen.campaign.evaluate import Request, evaluate
-    from hpcgen.metrics.summary import render
+    from hpcgen.metrics.render import render
     from hpcgen.runner.team import find_team
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

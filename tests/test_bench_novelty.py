@@ -112,6 +112,7 @@ def test_no_match_is_missed(tmp_path: Path) -> None:
 def test_cost_grows_with_the_number(tmp_path: Path) -> None:
     known = real().rows(np.arange(min(17_000, len(real())))).crystals
     reference = store(tmp_path / "known", known)
+    costs = []
     for count in NUMBERS:
         run = store(tmp_path / f"run{count}", mixed(count, known))
         same, seconds = found(Sets(run, count, reference, None, len(known)), tmp_path / f"w{count}")
@@ -119,6 +120,9 @@ def test_cost_grows_with_the_number(tmp_path: Path) -> None:
         unique, novel = ((rows[:, 0] == NONE).mean() for rows in (same.earlier, same.known))
         print(f"\n{count:,} against {len(known):,}: {told}")
         print(f"unique {unique:.3f}, novel {novel:.3f}")
+        costs.append(sum(seconds.values()))
+    for (few, less), (many, more) in itertools.pairwise(zip(NUMBERS, costs, strict=True)):
+        assert more / less < (many / few) ** 1.3, "close to linear"
 
 
 @pytest.mark.parametrize("size", [0.1, 0.4])

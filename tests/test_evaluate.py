@@ -29,7 +29,8 @@ from hpcgen.config import to_yaml
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.metrics.novelty import COLUMNS as NOVELTY
-from hpcgen.metrics.summary import Table, condition_figures, predict_figures, render
+from hpcgen.metrics.render import render
+from hpcgen.metrics.summary import Table, condition_figures, predict_figures
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag

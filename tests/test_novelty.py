@@ -36,9 +36,9 @@ from hpcgen.metrics import same as same_module
 from hpcgen.metrics.bootstrap import mean_interval, share_interval
 from hpcgen.metrics.cells import Buckets, Sets, shares
 from hpcgen.metrics.novelty import COLUMNS
+from hpcgen.metrics.render import render
 from hpcgen.metrics.same import MATCHERS, NONE, STANDARD, STRICT, Same, SameBlock, Search, find_same
 from hpcgen.metrics.similarity import fingerprints, nearest, tanimoto
-from hpcgen.metrics.summary import render
 from hpcgen.runner.blocks import Block, How
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
