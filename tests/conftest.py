@@ -8,6 +8,20 @@ import pytest
 import torch
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Several workers, if there are (pytest-xdist), take files in the order of collection."""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` a file is one worker's, and so is all of Slurm, which comes first as it takes longest."""
+    for item in items:
+        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 @pytest.fixture
 def threads_restored() -> Iterator[None]:
     """What is tested sets the number of torch's threads; the tests after it get theirs back."""

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from hpcgen.crystal.crystals import Crystals
-from hpcgen.crystal.refused import Refused
-from hpcgen.crystal.symmetry import find_symmetry
+from hpcgen.crystal.symmetry import space_group_number
 from hpcgen.files import whole
 from hpcgen.metrics.fingerprints import FEATURES, fingerprints
 from hpcgen.runner.blocks import Block, How, once, run_blocks
@@ -95,18 +94,11 @@ def _described(crystals: Crystals, side: Side) -> np.ndarray:
     """(B, WIDTH) of B crystals. No energy is asked of those too dense for a fingerprint."""
     values = np.full((len(crystals), WIDTH), np.nan)
     values[:, :-2] = fingerprints(crystals).values
-    values[:, -2] = [_space_group(crystals[at]) for at in range(len(crystals))]
+    values[:, -2] = [space_group_number(crystals[at], SYMPREC) for at in range(len(crystals))]
     fit = np.flatnonzero(np.isfinite(values[:, 0]))
     if side.potential and len(fit):
         values[fit, -1] = energies(crystals[torch.from_numpy(fit)])
     return values
-
-
-def _space_group(crystal: Crystals) -> int:
-    try:
-        return find_symmetry(crystal, SYMPREC).number
-    except Refused:
-        return 0
 
 
 def describe(

@@ -112,10 +112,10 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
     reference = Store(request.reference, request.split, dtype=None) if request.reference else None
     counts = _counts(request, written)
     making = _making(request, counts)
-    likeness = _likeness(request, reference, counts)
     work = out.with_name(f"{out.stem}.{making['hash']}.work")
     if not work.exists() and (found := _finished(out, making["hash"])) is not None:
         return found if team.rank == 0 else None
+    likeness = _likeness(request, reference, counts)
     make_folder(work)
     with StopFlag() as stop, Lease.take(work, team) as lease:
         blocks = _measure(request, reference, counts, work, lease, stop, processes)

@@ -74,6 +74,14 @@ def find_symmetry(crystal: Crystals, symprec: float = 0.01) -> Symmetry:
     )
 
 
+def space_group_number(crystal: Crystals, symprec: float) -> int:
+    """International number of the one crystal of a batch of 1, within symprec Å; 0 where none is found."""
+    try:
+        return find_symmetry(crystal, symprec).number
+    except Refused:
+        return 0
+
+
 def site_permutations(crystal: Crystals, symmetry: Symmetry) -> Tensor:
     """Where each operation takes each site of one crystal: the nearest site of its element. -> (G, A) int64.
 

@@ -8,7 +8,6 @@ times that sum long. An atom without any bond is a fault of its own.
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ import torch
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.neighbours import edge_distances, radius_edges
 from hpcgen.metrics.coverage import earth_movers
+from hpcgen.metrics.validity import covalent_radii
 
 STRETCHED, SQUEEZED = 1.3, 0.75
 LEAST = 10  # bonds of a pair of elements, in either set, for their lengths to be compared
@@ -40,7 +40,7 @@ class Bonds:
 def bonds(crystals: Crystals) -> Bonds:
     """Of crystals with finite coordinates and cells of some volume."""
     plain = crystals.to("cpu", torch.float64)
-    radii = _radii()[plain.atomic_numbers]
+    radii = covalent_radii()[plain.atomic_numbers]
     edges = radius_edges(plain, 2 * STRETCHED * float(radii.max()))
     length, (i, j) = edge_distances(plain, edges), edges.index
     table = radii[i] + radii[j]
@@ -98,11 +98,3 @@ def element_divergence(own: Iterable[int], known: Iterable[int]) -> float:
     p, q = (np.fromiter(side, dtype=np.float64) + 0.5 for side in (own, known))
     p, q = p / p.sum(), q / q.sum()
     return float((p * np.log(p / q)).sum())
-
-
-@lru_cache(maxsize=1)
-def _radii() -> torch.Tensor:
-    """Covalent radii by atomic number. (119,) float64 Å"""
-    from ase.data import covalent_radii
-
-    return torch.from_numpy(np.array(covalent_radii, dtype=np.float64))

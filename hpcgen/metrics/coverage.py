@@ -119,13 +119,14 @@ def earth_movers(some: np.ndarray, others: np.ndarray) -> float | None:
 
 
 def density(crystals: Crystals) -> np.ndarray:
-    """With pymatgen's atomic masses. (B,) float64 g/cm³"""
+    """With pymatgen's atomic masses; inf where a cell has no volume. (B,) float64 g/cm³"""
     mass = np.bincount(
         crystals.batch.numpy(force=True),
         weights=_masses()[crystals.atomic_numbers.numpy(force=True)],
         minlength=len(crystals),
     )
-    return mass * _GRAMS / (crystals.volume.double().numpy(force=True) * _CM3)
+    with np.errstate(divide="ignore"):
+        return mass * _GRAMS / (crystals.volume.double().numpy(force=True) * _CM3)
 
 
 def num_elements(crystals: Crystals) -> np.ndarray:

@@ -42,7 +42,7 @@ def validity(crystals: Crystals) -> Validity:
         pairs, images = _touching(some, radius_edges(some, LEAST_DISTANCE))
         found[0][group.numpy()] = ~pairs
         found[1][group.numpy()] = ~(pairs | images)
-    radii = _radii()
+    radii = covalent_radii()
     good = torch.from_numpy(np.flatnonzero(found[1]))
     widest = float(radii[plain.atomic_numbers].max()) if len(plain) else 0.0
     for group in _groups(good, _sphere(widest) * plain.num_atoms**2 / plain.volume):
@@ -62,11 +62,11 @@ def random_coordinates(crystals: Crystals, seed: int) -> Crystals:
 
 
 @lru_cache(maxsize=1)
-def _radii() -> Tensor:
-    """Covalent radii by atomic number. (119,) float64 Å."""
-    from ase.data import covalent_radii
+def covalent_radii() -> Tensor:
+    """By atomic number (Cordero et al. 2008, as ASE has them). (119,) float64 Å."""
+    from ase import data
 
-    return torch.from_numpy(np.array(covalent_radii, dtype=np.float64))
+    return torch.from_numpy(np.array(data.covalent_radii, dtype=np.float64))
 
 
 def _sphere(radius: float) -> float:

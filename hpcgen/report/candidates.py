@@ -11,10 +11,12 @@ from hpcgen.crystal.composition import reduced_formula
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import lattice_parameters
+from hpcgen.crystal.symmetry import space_group_number
 from hpcgen.metrics.charge_balance import charge_balanced
+from hpcgen.metrics.coverage import density
 from hpcgen.metrics.validity import validity
 from hpcgen.report.compare import ANGLES
-from hpcgen.report.gather import drawn, space_group
+from hpcgen.report.gather import SYMPREC, drawn
 from hpcgen.report.style import four_digits
 from hpcgen.store.layout import read_manifest
 from hpcgen.store.read import Store
@@ -25,7 +27,6 @@ WAVELENGTH = "CuKa"  # of the diffraction patterns: 1.5418 Å
 _HIDDEN = {"index", "halved"}
 _FIRST = 64  # crystals looked at together
 _MOST_WORK = 30_000_000  # reflections times atoms of a pattern: some ten seconds
-_GRAMS_PER_CM3 = 1.66053906660  # one u/Å³
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def _ranked(store: Store, places: np.ndarray) -> np.ndarray:
     for start in range(0, len(places), _FIRST):
         crystals = store.rows(places[start : start + _FIRST]).crystals
         for at, good in enumerate(_valid(crystals)):
-            ranks.append(2 if not good else int(space_group(crystals[at]) <= 1))
+            ranks.append(2 if not good else int(space_group_number(crystals[at], SYMPREC) <= 1))
     return places[np.argsort(np.array(ranks), kind="stable")]
 
 
@@ -108,7 +109,7 @@ def _described(rows: Rows) -> Iterator[Candidate]:
             if name not in _HIDDEN and not column.missing[at]
         }  # fmt: skip
         formula = reduced_formula(crystal.atomic_numbers.tolist())
-        yield Candidate(str(rows.ids[at]), formula, crystal, space_group(crystal), valid[at], values)
+        yield Candidate(str(rows.ids[at]), formula, crystal, space_group_number(crystal, SYMPREC), valid[at], values)
 
 
 def open_run(path: Any) -> Store:
@@ -128,7 +129,7 @@ def numbers_of(candidate: Candidate) -> list[tuple[str, str]]:
         ("a, b, c", ", ".join(f"{x:.3f}" for x in lengths[0].tolist()) + " Å"),
         ("α, β, γ", ", ".join(f"{x:.2f}" for x in angles[0].tolist()) + "°"),
         ("volume per atom", f"{_volume(crystal) / len(crystal.atomic_numbers):.2f} Å³"),
-        ("density", f"{density(crystal):.3f} g/cm³"),
+        ("density", f"{density(crystal)[0]:.3f} g/cm³"),
     ]
     for name, (value, unit) in candidate.values.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -139,13 +140,6 @@ def numbers_of(candidate: Candidate) -> list[tuple[str, str]]:
 
 def _volume(crystal: Crystals) -> float:
     return float(crystal.volume[0])
-
-
-def density(crystal: Crystals) -> float:
-    """g/cm³ of the one crystal of a batch."""
-    from ase.data import atomic_masses
-
-    return float(atomic_masses[crystal.atomic_numbers.numpy()].sum()) / _volume(crystal) * _GRAMS_PER_CM3
 
 
 def diffraction(crystal: Crystals) -> Pattern:

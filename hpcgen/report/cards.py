@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 
+from hpcgen.metrics.coverage import density
 from hpcgen.report.candidates import (
     WAVELENGTH,
     Candidate,
     Pattern,
     choose,
-    density,
     diffraction,
     numbers_of,
     open_run,
@@ -129,7 +129,7 @@ def symmetry(number: int) -> str:
 def _facts(run: str, place: int, candidate: Candidate) -> list[Row]:
     """A line for each column of the crystal, or one without."""
     head = (run, place, candidate.id, candidate.formula, candidate.space_group or "none found", int(candidate.valid),
-            len(candidate.crystal.atomic_numbers), round(density(candidate.crystal), 4))  # fmt: skip
+            len(candidate.crystal.atomic_numbers), round(float(density(candidate.crystal)[0]), 4))  # fmt: skip
     values = [(name, value, unit) for name, (value, unit) in candidate.values.items()]
     return [(*head, *value) for value in values or [("", "", "")]]
 

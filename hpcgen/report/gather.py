@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,8 @@ from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import lattice_parameters, niggli_reduce
 from hpcgen.crystal.neighbours import edge_distances, radius_edges
-from hpcgen.crystal.refused import Refused
-from hpcgen.crystal.symmetry import find_symmetry
-from hpcgen.metrics.validity import validity
+from hpcgen.crystal.symmetry import space_group_number
+from hpcgen.metrics.validity import covalent_radii, validity
 from hpcgen.report.spread import Spread
 from hpcgen.report.summary import SPACE_GROUP, Summary
 from hpcgen.store.layout import read_manifest
@@ -88,7 +86,7 @@ def look_closely(store: Store, count: int, seed: int) -> Close:
     for crystals in _parts(store, drawn(len(store), count, seed)):
         _add_cells(found, crystals)
         for k in range(len(crystals)):
-            found.in_space_group[space_group(crystals[k])] += 1
+            found.in_space_group[space_group_number(crystals[k], SYMPREC)] += 1
         apart = torch.from_numpy(np.flatnonzero(validity(crystals).distances))
         if len(apart):
             bonds.append(bonds_of(crystals[apart]))
@@ -119,17 +117,9 @@ def _niggli(lattice: Tensor) -> Tensor:
         return torch.cat([_niggli(lattice[:half]), _niggli(lattice[half:])])
 
 
-def space_group(crystal: Crystals) -> int:
-    """International number within SYMPREC Å of the one crystal of a batch, 0 where none is found."""
-    try:
-        return find_symmetry(crystal, SYMPREC).number
-    except Refused:
-        return 0
-
-
 def bonds_of(crystals: Crystals) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every bond once: length in Å, over the sum of radii, and pair of elements. Three times (E,)."""
-    radius = radii()[crystals.atomic_numbers]
+    radius = covalent_radii()[crystals.atomic_numbers]
     edges = radius_edges(crystals, BOND * 2 * float(radius.max()))
     i, j = edges.index
     lengths, both = edge_distances(crystals, edges), radius[i] + radius[j]
@@ -145,14 +135,6 @@ def _first_of_two(image: Tensor) -> Tensor:
     """Whether of an image and its opposite this is the one that counts. (E, 3) -> (E,) bool."""
     x, y, z = image.unbind(-1)
     return (x > 0) | ((x == 0) & ((y > 0) | ((y == 0) & (z > 0))))
-
-
-@lru_cache(maxsize=1)
-def radii() -> Tensor:
-    """Covalent radii by atomic number (Cordero et al. 2008, as ASE has them). (119,) Å."""
-    from ase.data import covalent_radii
-
-    return torch.from_numpy(np.array(covalent_radii, dtype=np.float64))
 
 
 def pair_name(pair: int) -> str:

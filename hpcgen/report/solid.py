@@ -9,8 +9,8 @@ import numpy as np
 
 from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.crystal.crystals import Crystals
-from hpcgen.metrics.validity import LEAST_DISTANCE
-from hpcgen.report.gather import BOND, radii
+from hpcgen.metrics.validity import LEAST_DISTANCE, covalent_radii
+from hpcgen.report.gather import BOND
 from hpcgen.report.style import INK, QUIET
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Solid:
         kinds = sorted(set(self.numbers.tolist()))
         elements = [
             {"symbol": SYMBOLS[z], "colour": _hex(jmol_colors[min(z, len(jmol_colors) - 1)]),
-             "radius": round(_BALL * float(radii()[z]), 3)}
+             "radius": round(_BALL * float(covalent_radii()[z]), 3)}
             for z in kinds
         ]  # fmt: skip
         told: dict[str, Any] = {
@@ -94,7 +94,7 @@ def _on_both_faces(frac: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, n
 
 def _bonds(atoms: np.ndarray, numbers: np.ndarray) -> list[tuple[int, int]]:
     """Pairs of drawn atoms closer than BOND times the sum of their covalent radii, those on top of each other not."""
-    radius = radii().numpy()[numbers]
+    radius = covalent_radii().numpy()[numbers]
     apart = np.linalg.norm(atoms[:, None] - atoms[None], axis=-1)
     near = np.triu((apart < BOND * (radius[:, None] + radius[None])) & (apart > LEAST_DISTANCE), 1)
     return [(int(i), int(j)) for i, j in zip(*near.nonzero(), strict=True)]
@@ -106,7 +106,7 @@ def draw_solid(axes: "Axes", title: str, shown: Solid) -> None:
     from matplotlib.patches import Circle
 
     turned, corners = shown.atoms @ _rotation(), shown.corners @ _rotation()
-    size = _BALL * radii().numpy()[shown.numbers]
+    size = _BALL * covalent_radii().numpy()[shown.numbers]
     for i, j in EDGES:
         axes.plot(*corners[[i, j], :2].T, color=QUIET, lw=0.8, zorder=float(corners[[i, j], 2].min()) - 0.01)
     for i, j in shown.bonds:

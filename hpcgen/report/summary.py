@@ -5,8 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
+from hpcgen.crystal.crystals import Crystals
 from hpcgen.errors import InputError
+from hpcgen.metrics.coverage import density
 from hpcgen.report.spread import Spread
 from hpcgen.store.rows import Column, ColumnSpec, Rows
 
@@ -21,7 +24,6 @@ CRYSTAL_SYSTEMS = {  # first and last space-group number
     "hexagonal": (168, 194),
     "cubic": (195, 230),
 }
-_GRAMS_PER_CM3 = 1.66053906660  # one u/Å³ in g/cm³ (CODATA 2018)
 _BLOCK = 65_536  # crystals counted at a time, which bounds the memory of one step
 
 
@@ -78,30 +80,23 @@ class Summary:
         """Count one block. Raises InputError where a column changes its kind or unit."""
         for name, column in rows.columns.items():
             self._count_of(name, column.spec).add(column)
-        num_atoms = rows.crystals.num_atoms.numpy().astype(np.int64)
-        numbers = rows.crystals.atomic_numbers.numpy().astype(np.int64)
-        lattice = rows.crystals.lattice.numpy().astype(np.float64)
-        ends = np.concatenate([[0], num_atoms.cumsum()])
-        for start in range(0, len(num_atoms), _BLOCK):
-            stop = min(start + _BLOCK, len(num_atoms))
-            self._add_block(num_atoms[start:stop], numbers[ends[start] : ends[stop]], lattice[start:stop])
+        crystals = rows.crystals.to(dtype=torch.float64)
+        for start in range(0, len(crystals), _BLOCK):
+            self._add_block(crystals[start : start + _BLOCK])
         self.in_space_group += _space_groups(rows.columns.get(SPACE_GROUP), len(rows))
 
-    def _add_block(self, num_atoms: np.ndarray, numbers: np.ndarray, lattice: np.ndarray) -> None:
-        """num_atoms (B,), numbers (A,), lattice (B, 3, 3) Å."""
-        crystal = np.repeat(np.arange(len(num_atoms)), num_atoms)  # (A,)
-        holds = np.zeros((len(num_atoms), NUM_ELEMENTS + 1), dtype=bool)  # (B, 119)
-        holds[crystal, numbers] = True
-        volume = np.abs(np.linalg.det(lattice))  # (B,) Å³
-        mass = np.bincount(crystal, weights=_masses()[numbers], minlength=len(num_atoms))  # (B,) u
-        self.crystals += len(num_atoms)
+    def _add_block(self, crystals: Crystals) -> None:
+        num_atoms = crystals.num_atoms.numpy()
+        holds = np.zeros((len(crystals), NUM_ELEMENTS + 1), dtype=bool)  # (B, 119)
+        holds[crystals.batch.numpy(), crystals.atomic_numbers.numpy()] = True
+        dense = density(crystals)
+        self.crystals += len(crystals)
         self.atoms += int(num_atoms.sum())
         self.with_element += holds.sum(0)
         self.of_size = _plus(self.of_size, np.bincount(num_atoms))
         self.of_variety = _plus(self.of_variety, np.bincount(holds.sum(1)))
-        solid = volume > 0
-        self.density.add(mass[solid] / volume[solid] * _GRAMS_PER_CM3)
-        self.volume_per_atom.add(volume / num_atoms)
+        self.density.add(dense[np.isfinite(dense)])
+        self.volume_per_atom.add(crystals.volume.numpy() / num_atoms)
 
     def _count_of(self, name: str, spec: ColumnSpec) -> ColumnCount:
         count = self.columns.setdefault(name, ColumnCount(spec))
@@ -152,13 +147,6 @@ def _space_groups(column: Column | None, crystals: int) -> np.ndarray:
     values = np.asarray(column.values, dtype=np.float64)
     good = ~column.missing & (values >= 1) & (values <= 230) & (values == np.round(values))
     return np.bincount(np.where(good, values, 0).astype(np.int64), minlength=231)
-
-
-def _masses() -> np.ndarray:
-    """Standard atomic masses by number (IUPAC 2016). (119,) u."""
-    from ase.data import atomic_masses
-
-    return atomic_masses
 
 
 def _zeros(length: int) -> np.ndarray:

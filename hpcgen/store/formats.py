@@ -13,8 +13,7 @@ from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.crystal.convert import to_ase, to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import lattice_parameters
-from hpcgen.crystal.refused import Refused
-from hpcgen.crystal.symmetry import find_symmetry
+from hpcgen.crystal.symmetry import space_group_number
 from hpcgen.crystal.torus import wrap
 
 SYMPREC = 0.01  # Å, of the space group that a CIF in P1 names
@@ -32,7 +31,7 @@ def cif(crystal: Crystals, name: str, id: str, facts: Facts, symprec: float | No
     block = _symmetrised(crystal, symprec) if symprec is not None else None
     if block is None:
         block = _p1(crystal)
-        block.set_pair("_hpcgen_space_group_found", _space_group(crystal))
+        block.set_pair("_hpcgen_space_group_found", str(space_group_number(crystal, SYMPREC) or "?"))
         block.set_pair("_hpcgen_space_group_symprec", f"{SYMPREC:g}")
     block.name = name
     for key, value in {**facts, "id": id}.items():
@@ -62,13 +61,6 @@ def _p1(crystal: Crystals) -> gemmi.cif.Block:
     for at, (symbol, xyz) in enumerate(zip(symbols, frac.tolist(), strict=True)):
         sites.add_row([symbol, f"{symbol}{at}", "1", *(f"{x:.12f}" for x in xyz), "1"])
     return block
-
-
-def _space_group(crystal: Crystals) -> str:
-    try:
-        return str(find_symmetry(crystal, SYMPREC).number)
-    except Refused:
-        return "?"
 
 
 def _symmetrised(crystal: Crystals, symprec: float) -> gemmi.cif.Block | None:
