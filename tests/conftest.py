@@ -3,23 +3,31 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+SLURM = "test_slurm"  # begins the names of the files that use `cluster`
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Several workers, if there are (pytest-xdist), take files in the order of collection."""
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n`, a file is one worker's, and so are all that need the Slurm, of which there is one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return SLURM if SLURM in file else file
+
     config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` a file is one worker's, and so is all of Slurm, which comes first as it takes longest."""
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    """The tests on a Slurm come first: of several workers one has them to itself, and they take longest."""
+    items.sort(key=lambda item: SLURM not in item.path.name)
 
 
 @pytest.fixture
