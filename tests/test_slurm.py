@@ -190,7 +190,7 @@ def test_a_campaign_out_of_time_leaves_before_it_is_ended_and_goes_on(cluster: C
 
 def test_a_job_that_is_told_before_it_has_begun_is_queued_again(cluster: Cluster, store: Path, tmp_path: Path) -> None:
     job = sbatch(cluster, 1, "train_mp20.sh", *TINY, "steps=5", HPCGEN_STORE=str(store), HPCGEN_RUN=str(tmp_path))
-    until(lambda: ranks(job), 60, tmp_path)
+    until(lambda: len(ranks(job)) == 4, 60, tmp_path)
     cluster.run("scancel", "--signal=USR2", job)  # as at the end of a job's time: no handler is there yet
     assert cluster.wait(job, timeout_s=120) == "COMPLETED" and cluster.show(job)["Restarts"] == "1"
     assert "left with 140 and asks to be queued again" in log_of(tmp_path, job)

@@ -651,3 +651,17 @@ def test_a_taken_port_is_passed_over_and_lost_ranks_are_named(store: Path, tmp_p
     second_rank.kill()
     codes, said = ended([first_rank, second_rank])
     assert codes == [3, -9] and "could not meet the others" in said and "ranks that have not come: 1" in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_ends_while_they_meet_is_for_srun_to_tell_of(store: Path, tmp_path: Path) -> None:
+    """A preemption may reach one rank a moment before the other: the batch script must not take that for a failure."""
+    ranks = start(3, store, tmp_path / "run", HPCGEN_FAILED=str(tmp_path / "failed"))
+    ranks[2].kill()  # so the others wait
+    second = psutil.Process(ranks[1].pid)
+    while not any(link.status == "ESTABLISHED" for link in second.net_connections()):
+        time.sleep(0.1)
+    ranks[0].terminate()  # there is no handler yet
+    codes, said = ended(ranks)
+    assert codes == [-15, 3, -9] and "rank 1 of 3: another rank ended while they met" in said
+    assert not (tmp_path / "failed").exists()

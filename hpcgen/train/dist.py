@@ -34,6 +34,7 @@ from hpcgen.train.watch import Watch
 log = logging.getLogger(__name__)
 _GRACE_S = 5.0  # the rank that keeps the store waits so long for the others to have read it
 _SELF_S = 10.0  # rank 0, which owns the run folder, gets so long to leave in order
+_BROKEN = ("closed", "reset by peer", "broken pipe", "got 0 bytes")  # words of a connection to one that was there
 _LATER_S = 60.0  # what collectives wait longer than it takes to name the rank that is late
 
 
@@ -253,7 +254,10 @@ def find_device(wanted: str, place: Place) -> torch.device:
 
 
 def join(place: Place, device: torch.device, timeout_s: float) -> Ranks:
-    """Meet the other ranks, and prove by a sum that all are there. Raises SiteError."""
+    """Meet the other ranks, and prove by a sum that all are there. Raises SiteError.
+
+    Where another one ends meanwhile, by the signal of a preemption say, this process ends, as later does Ranks.
+    """
     if place.world == 1:
         return Ranks(place, device)
     timeout = timedelta(seconds=timeout_s)
@@ -272,9 +276,11 @@ def join(place: Place, device: torch.device, timeout_s: float) -> Ranks:
         count = torch.ones(1, dtype=torch.float64, device=device)
         dist.all_reduce(count)
     except (RuntimeError, ValueError) as fault:
-        raise SiteError(
-            f"rank {place.rank} of {place.world} could not meet the others within {timeout_s:.0f} s: {reason(fault)}"
-        ) from fault
+        mine = f"rank {place.rank} of {place.world}"
+        if any(word in str(fault).lower() for word in _BROKEN):
+            log.critical("%s: another rank ended while they met (%s)", mine, reason(fault))
+            _leave(RankGone.exit_code, RankGone.__name__)
+        raise SiteError(f"{mine} could not meet the others within {timeout_s:.0f} s: {reason(fault)}") from fault
     if int(count.item()) != place.world:
         raise SiteError(f"{place.kind} started {place.world} ranks, but {int(count.item())} answer")
     return Ranks(place, device, own, timeout_s)
