@@ -289,7 +289,7 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
         "--reference", type=Path, metavar="STORE", help="known crystals: targets, what is not novel, and the control"
     )
     evaluate.add_argument("--split", help="of the reference: train, val, test (default: all)")
-    evaluate.add_argument("--task", default="generate", help="generate (default) or predict")
+    evaluate.add_argument("--task", default="generate", help="generate (default), predict or optimize")
     evaluate.add_argument("--pair", choices=("target", "composition"),
                           help="predict: the crystal named in the column target (default where there is one), or every "
                           "one of the same composition and number of atoms")  # fmt: skip
@@ -306,6 +306,15 @@ def _add_evaluate(verbs: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--energy", action="store_true", help="and energies by CHGNet (pip install 'hpcgen[mlip]')")
     evaluate.add_argument("--samples", type=int, default=1000, metavar="N",
                           help="valid crystals whose spread is compared (default: 1000)")  # fmt: skip
+    evaluate.add_argument("--property", metavar="NAME", help="a column: optimize: what was optimised, the lowest being "
+                          "best, --property=-NAME the highest; generate: with --rank-by")  # fmt: skip
+    evaluate.add_argument("--start", metavar="COLUMN", help="optimize: what groups the candidates of one start "
+                          "(default: start, where there is one; else each crystal is its own)")  # fmt: skip
+    evaluate.add_argument("--rank-by", metavar="COLUMN", help="generate: for Recall@K: how many of the best crystals "
+                          "by --property are among the first K by this column, lowest first")  # fmt: skip
+    evaluate.add_argument("--recall-at", type=int, default=100, metavar="K", help="(default: %(default)s)")
+    evaluate.add_argument("--recall-of", type=float, default=0.01, metavar="X",
+                          help="share of the crystals that are the best (default: %(default)s)")  # fmt: skip
     evaluate.add_argument("--no-novelty", dest="novelty", action="store_false", help="generate: leave out which "
                           "crystals are unique, novel and stable")  # fmt: skip
     evaluate.set_defaults(run=_evaluate, resumable=True, job=_evaluate_job)
@@ -321,21 +330,19 @@ def _evaluate_job(arguments: argparse.Namespace) -> tuple[Path, list[str | Path]
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     import logging
-    from dataclasses import replace
+    from dataclasses import fields, replace
 
     from hpcgen.campaign.adopt import adopted
-    from hpcgen.campaign.evaluate import Request, evaluate
+    from hpcgen.campaign.evaluate import evaluate
+    from hpcgen.campaign.request import Request
     from hpcgen.metrics.render import render
     from hpcgen.runner.team import find_team
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if arguments.processes is not None and arguments.processes < 0:
         raise UsageError(f"--processes {arguments.processes}: want 0 (work in this very process) or more")
-    request = Request(
-        arguments.evaluated, arguments.reference, arguments.split, arguments.task, arguments.pair, arguments.limit,
-        arguments.seed, arguments.pair_timeout, arguments.coverage, arguments.cut_offs, arguments.energy,
-        arguments.samples, arguments.novelty,
-    )  # fmt: skip
+    given = {**vars(arguments), "run": arguments.evaluated, "pair_timeout_s": arguments.pair_timeout}
+    request = Request(**{field.name: given[field.name] for field in fields(Request)})
     with find_team() as team:
         run = adopted(request.run, arguments.json, team, arguments.processes)
         found = evaluate(replace(request, run=run), arguments.json, team, arguments.processes)

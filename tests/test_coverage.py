@@ -7,6 +7,7 @@ from scipy.spatial.distance import cdist, pdist
 
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.metrics.bootstrap import mean_interval, share
 from hpcgen.metrics.coverage import CUT_OFFS, CutOffs, chosen, coverage, density, diversity, earth_movers, num_elements
 
 
@@ -21,21 +22,22 @@ def test_coverage_is_what_cdvae_computes() -> None:
     recalled = (structure.min(0) <= near.structure) & (composition.min(0) <= near.composition)
     precise = (structure.min(1) <= near.structure) & (composition.min(1) <= near.composition)
     assert 0 < recalled.sum() < 40 and 0 < precise.sum() < 50
-    assert found["recall"] == {"count": recalled.sum(), "of": 40, "share": recalled.mean()}
-    assert found["precision"] == {"count": precise.sum(), "of": 60, "share": precise.sum() / 60}
+    assert found["recall"] == share(recalled.sum(), 40, seed=0)
+    assert found["precision"] == share(precise.sum(), 60, seed=0)
     for name, wanted in (
         ("amsd_recall", structure.min(0)), ("amsd_precision", structure.min(1)),
         ("amcd_recall", composition.min(0)), ("amcd_precision", composition.min(1)),
     ):  # fmt: skip
-        assert found[name] == pytest.approx(wanted.mean(), abs=1e-9)
+        assert found[name]["mean"] == pytest.approx(wanted.mean(), abs=1e-9) and found[name]["of"] == len(wanted)
+        assert found[name]["interval"] == pytest.approx(mean_interval(wanted, seed=0))
 
 
 def test_nothing_covers_nothing() -> None:
     none = np.zeros((0, 61)), np.zeros((0, 132))
     found = coverage(iter([]), (np.ones((3, 61)), np.ones((3, 132))), 5)
-    assert found["recall"]["share"] == found["precision"]["share"] == 0 and found["amsd_recall"] is None
+    assert found["recall"]["share"] == found["precision"]["share"] == 0 and found["amsd_recall"]["mean"] is None
     assert coverage(iter([(np.ones((3, 61)), np.ones((3, 132)))]), none, 3)["precision"]["count"] == 0
-    assert diversity(none[0]) is None and earth_movers(np.array([]), np.array([1.0])) is None
+    assert diversity(none[0], seed=0)["mean"] is None and earth_movers(np.array([]), np.array([1.0])) is None
 
 
 def test_density_and_elements_are_pymatgens() -> None:
@@ -51,7 +53,7 @@ def test_samples_are_drawn_by_chance_and_the_same_again() -> None:
     assert len(set(some.tolist())) == 10 and set(some.tolist()) <= set(valid.tolist())
     assert np.array_equal(some, chosen(valid, 10, seed=4)) and not np.array_equal(some, chosen(valid, 10, seed=5))
     assert chosen(valid, 100, seed=4).tolist() == chosen(valid, 101, seed=4).tolist() == valid.tolist()
-    assert diversity(np.eye(4)) == pytest.approx(pdist(np.eye(4)).mean())
+    assert diversity(np.eye(4), seed=0)["mean"] == pytest.approx(pdist(np.eye(4)).mean())
 
 
 def test_cut_offs_are_the_published_ones() -> None:

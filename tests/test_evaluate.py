@@ -21,16 +21,20 @@ from hpcgen import cli
 from hpcgen.campaign import evaluate as evaluate_module
 from hpcgen.campaign import measure
 from hpcgen.campaign.config import CampaignConfig
-from hpcgen.campaign.evaluate import Request, evaluate
+from hpcgen.campaign.evaluate import evaluate
 from hpcgen.campaign.measure import MeasureBlock, header
 from hpcgen.campaign.pairs import pair
+from hpcgen.campaign.request import Request
 from hpcgen.campaign.targets import targets_of
 from hpcgen.config import to_yaml
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.metrics.bootstrap import share
 from hpcgen.metrics.novelty import COLUMNS as NOVELTY
+from hpcgen.metrics.prediction import predict_figures
 from hpcgen.metrics.render import render
-from hpcgen.metrics.summary import Table, condition_figures, predict_figures
+from hpcgen.metrics.summary import Table
+from hpcgen.metrics.targeted import condition_figures
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
@@ -120,9 +124,11 @@ def test_predict(run: Path, reference: Path) -> None:
             assert float(row["rms"]) == wanted[0]
     assert 6 < len(rms) < 18
     figures = told["figures"]
-    assert figures["match_rate"] == {
-        "count": len(rms), "of": 21, "share": len(rms) / 21, "rms": pytest.approx(np.mean(list(rms.values())))
-    }  # fmt: skip
+    rate = figures["match_rate"]
+    assert (rate["count"], rate["of"], rate["share"]) == (len(rms), 21, len(rms) / 21)
+    assert rate["rms"] == pytest.approx(np.mean(list(rms.values())))
+    assert rate["interval"][0] < rate["share"] < rate["interval"][1]
+    assert rate["rms_interval"][0] < rate["rms"] < rate["rms_interval"][1]
     assert (figures["targets"], figures["samples_per_target"]) == (7, 3)  # 'sixty' has no sample: 21 / 3
     assert figures["targets_how"] == "estimated: 21 asked, at most 3 of each"
     assert figures["first"]["share"] == 6 / 7 and figures["best"]["share"] == 6 / 7
@@ -147,7 +153,7 @@ def test_generate(run: Path, reference: Path, tmp_path: Path) -> None:
     assert list(rows[0]) == [*header(False), *NOVELTY] and len(rows) == 18
     for rule in ("distances", "distances_with_images", "radii", "composition"):
         kept = sum(row[rule] == "1" for row in rows)
-        assert told["figures"]["validity"][rule] == {"count": kept, "of": 21, "share": kept / 21}
+        assert told["figures"]["validity"][rule] == share(kept, 21, seed=0)
     assert told["figures"]["formulas"] == 6 and told["figures"]["unique_formulas"] == 6 / 18
     assert told["figures"]["num_atoms"]["counts"] == {"1": 6, "2": 3, "4": 3, "8": 6}
     shown = render(told)
@@ -167,8 +173,9 @@ def test_what_was_asked_for_beside_what_came(tmp_path: Path) -> None:
     campaign_jobs.run(checkpoint, tmp_path / "run", n=4, conditions={"band_gap": 1.5})
     shown = render(done(Request(tmp_path / "run"), tmp_path / "g.json"))
     assert "condition     band_gap = 1.5: not screened" in shown
-    found = condition_figures({"a": 2.0, "b": 1.0}, {"a": np.array([1.0, np.nan, 4.0])})
-    assert found["a"] == {"asked": 2.0, "known": 2, "mean_absolute_error": 1.5}
+    found = condition_figures({"a": 2.0, "b": 1.0}, {"a": np.array([1.0, np.nan, 4.0])}, seed=0)
+    assert (found["a"]["asked"], found["a"]["known"], found["a"]["mean_absolute_error"]) == (2.0, 2, 1.5)
+    assert found["a"]["mean_absolute_error_interval"] == [1, 2]
     assert found["b"]["known"] == 0 and found["b"]["mean_absolute_error"] is None
 
 
@@ -194,19 +201,19 @@ def test_likeness_to_the_reference(run: Path, reference: Path, tmp_path: Path) -
     assert coverage["cut_offs"] == {"structure": 0.4, "composition": 10.0}
     assert coverage["recall"]["count"] == 6, "of 'sixty' there is no crystal"
     assert coverage["without_fingerprint"] == {"run": 0, "reference": 0}
-    assert figures["samples"] == {"taken": 5, "asked": 5, "seed": 2} and valid > 5
+    assert figures["samples"] == {"taken": 5, "asked": 5, "short": False, "seed": 2} and valid > 5
     shown = render(found)
-    assert "recall, of 7 known" in shown and "of 5 valid crystals, seed 2" in shown and "were asked for" not in shown
+    assert "recall, of 7 known" in shown and "of 5 valid crystals, seed 2" in shown and "fewer than" not in shown
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("described-*.npy")}
     assert len(kept) == 2
     again = done(Request(run, reference, cut_offs="carbon24"), tmp_path / "g.json")
     assert again["figures"]["coverage"]["precision"]["count"] <= coverage["precision"]["count"]
-    assert f"of {valid} valid crystals, 1,000 were asked for" in render(again)
+    assert f"of {valid} valid crystals, fewer than the 1,000 asked for" in render(again)
     assert kept == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("described-*.npy")}, "made once"
     assert "coverage" not in done(Request(run, reference, coverage=False), tmp_path / "n.json")["figures"]
-    assert "energy  " not in shown and figures["energy"] == {"potential": "", "known": 0, "mean": None}
+    assert "energy  " not in shown and (figures["energy"]["potential"], figures["energy"]["of"]) == ("", 0)
     energy = done(Request(run, reference, energy=True), tmp_path / "e.json")
-    assert energy["figures"]["energy"]["known"] == 18 and energy["figures"]["wasserstein"]["energy"] > 0
+    assert energy["figures"]["energy"]["of"] == 18 and energy["figures"]["wasserstein"]["energy"] > 0
     assert "CHGNet 0.3.0 (chgnet" in render(energy)
 
 
@@ -294,7 +301,7 @@ def test_a_match_that_hangs_or_fails_costs_itself_alone(
     assert begun == list(range(18))
     found = Table(iter(rows))
     assert found.reasons == {"timeout": 1, "crash": 1, "IndexError": 1}
-    assert predict_figures(found, 18)["match_rate"]["of"] == 18
+    assert predict_figures(found, 18, seed=0)["match_rate"]["of"] == 18
 
 
 def test_it_goes_on_where_it_stopped(
@@ -326,8 +333,8 @@ def test_it_goes_on_where_it_stopped(
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (["--task", "reconstruct"], 2, "comes with a later version; there are now: generate, predict"),
-        (["--task", "optimize"], 2, "comes with a later version"),
+        (["--task", "reconstruct"], 2, "comes with a later version; there are now: generate, predict, optimize"),
+        (["--task", "optimize"], 2, "--task optimize needs --reference STORE, whose percentiles"),
         (["--task", "dream"], 2, "is unknown"),
         (["--task", "predict"], 2, "needs --reference"),
         (["--split", "val"], 2, "means nothing without --reference"),
@@ -368,7 +375,7 @@ def test_no_formula_and_no_match_still_give_numbers(tmp_path: Path, reference: P
     far = [shaken(known()["NaCl"], 3.0, seed=k) for k in range(3)]
     path = store(tmp_path / "far", far, list("abc"), ["NaCl"] * 3)
     told = done(Request(path, reference, task="predict"))
-    assert told["figures"]["match_rate"] == {"count": 0, "of": 3, "share": 0.0, "rms": None}
+    assert told["figures"]["match_rate"] == share(0, 3, seed=0) | {"rms": None, "rms_interval": None}
     assert "–" in render(told)
     assert torch.isfinite(torch.tensor(told["figures"]["ceiling"]["share"]))
 

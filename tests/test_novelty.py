@@ -26,7 +26,8 @@ from known_crystals import (
 from scipy.sparse import csr_array
 
 from hpcgen import cli
-from hpcgen.campaign.evaluate import Request, evaluate
+from hpcgen.campaign.evaluate import evaluate
+from hpcgen.campaign.request import Request
 from hpcgen.crystal.convert import from_pymatgen, to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import niggli_reduce
@@ -324,7 +325,7 @@ def test_evaluate(tmp_path: Path) -> None:
     assert told["tolerances"]["same"]["standard"] == {"ltol": 0.2, "stol": 0.3, "angle_tol": 5}
     assert told["reference_crystals"] == 4 and "sun" in told["definitions"]
     shown = render(told)
-    for part in ("stable, unique, novel", "2.5 % (", "ltol 0.1, stol 0.15", "4 crystals", "seed 7", "elements unknown",
+    for part in ("stable, unique, novel", "2.5 % [", "ltol 0.1, stol 0.15", "4 crystals", "seed 7", "elements unknown",
                  f"{len(run) - 1} screened", "eV/atom"):  # fmt: skip
         assert part in shown
 

@@ -21,8 +21,8 @@ import torch
 from known_crystals import special
 
 from hpcgen import cli
-from hpcgen.campaign.evaluate import Request as Evaluation
 from hpcgen.campaign.evaluate import evaluate
+from hpcgen.campaign.request import Request as Evaluation
 from hpcgen.crystal.convert import to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.report.candidates import choose, diffraction

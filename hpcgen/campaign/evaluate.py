@@ -14,30 +14,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from hpcgen.campaign.aims import Aims
 from hpcgen.campaign.config import SUMMARY
 from hpcgen.campaign.describe import Side, describe
 from hpcgen.campaign.likeness import Likeness
 from hpcgen.campaign.measure import MeasureBlock, control_rows, header
 from hpcgen.campaign.novelty import measure_novelty, screened
 from hpcgen.campaign.pairs import BY_COMPOSITION, INDEX, Pairs, campaign_of, lines_of, pair
+from hpcgen.campaign.request import Request
 from hpcgen.errors import InputError, UsageError
 from hpcgen.files import make_folder, whole, write_json
-from hpcgen.metrics import novelty
+from hpcgen.metrics import novelty, prediction, summary, targeted
+from hpcgen.metrics.bootstrap import LEVEL, RESAMPLES
 from hpcgen.metrics.cells import Sets
-from hpcgen.metrics.coverage import CUT_OFFS
 from hpcgen.metrics.match import Comparison
-from hpcgen.metrics.summary import (
-    DEFINITIONS,
-    Table,
-    bond_figures,
-    condition_figures,
-    generate_figures,
-    metre_figures,
-    predict_figures,
-    validity_figures,
-)
+from hpcgen.metrics.summary import Table, bond_figures, charge_figures, generate_figures, validity_figures
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import Lease
 from hpcgen.runner.stop import StopFlag
@@ -46,56 +37,10 @@ from hpcgen.screen.potential import potential_named
 from hpcgen.store.layout import read_manifest
 from hpcgen.store.read import Store
 
-TASKS = ("generate", "predict")
-LATER = ("reconstruct", "optimize")
 CONTROL = 2000  # crystals of the reference that the control looks at
-PRELOAD = ("hpcgen.campaign.novelty", "hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher", "ase.data",
-           "scipy.optimize")  # fmt: skip
+PRELOAD = ("hpcgen.campaign.novelty", "hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher",
+           "pymatgen.analysis.bond_valence", "ase.data", "scipy.optimize")  # fmt: skip
 _VERSIONS = ("hpcgen", "pymatgen", "pymatgen-core", "ase", "torch", "numpy", "scipy", "moyopy", "chgnet")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be evaluated. Raises UsageError for what cannot be."""
-
-    run: Path
-    reference: Path | None = None
-    split: str | None = None  # of the reference
-    task: str = "generate"
-    pair: str | None = None  # target, composition; None: target where the run has that column
-    limit: int | None = None  # the first crystals only
-    seed: int = 0  # of the control, the samples and the intervals
-    pair_timeout_s: float = 60.0  # of a pair to be matched, and of a fingerprint
-    coverage: bool = True  # and what else needs fingerprints, of generate with a reference
-    cut_offs: str = "mp20"
-    energy: bool = False  # of CHGNet, of every crystal of both
-    samples: int = 1000  # valid crystals of which distances of distributions and diversity are taken
-    novelty: bool = True  # generate: unique, novel, stable
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            when = "comes with a later version" if self.task in LATER else "is unknown"
-            raise UsageError(f"--task {self.task} {when}; there are now: {', '.join(TASKS)}")
-        if self.task == "predict" and self.reference is None:
-            raise UsageError("--task predict needs --reference STORE, the crystals to be matched")
-        for flag, value, needed, where in (
-            ("split", self.split, self.reference is not None, "without --reference"),
-            ("pair", self.pair, self.task == "predict", f"with --task {self.task}"),
-        ):
-            if value is not None and not needed:
-                raise UsageError(f"--{flag} {value}: means nothing {where}")
-        if self.energy and (self.reference is None or not self.coverage):
-            raise UsageError("--energy: means nothing without --reference and a coverage")
-        if self.cut_offs not in CUT_OFFS:
-            raise UsageError(f"--cut-offs {self.cut_offs}: want one of {', '.join(CUT_OFFS)}")
-        if self.samples < 1:
-            raise UsageError(f"--samples {self.samples}: want at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit {self.limit}: want at least 1")
-        if not 0 <= self.seed < 2**64:
-            raise UsageError(f"--seed {self.seed}: want a whole number from 0 to 2**64 - 1")
-        if not 0 < self.pair_timeout_s < float("inf"):
-            raise UsageError(f"--pair-timeout {self.pair_timeout_s}: want seconds above 0")
 
 
 def evaluate(request: Request, out: Path | None, team: Team, processes: int | None = None) -> dict[str, Any] | None:
@@ -111,6 +56,7 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
     written = _written(request.run)
     reference = Store(request.reference, request.split, dtype=None) if request.reference else None
     counts = _counts(request, written)
+    aims = Aims.read(request, counts.written, reference)
     making = _making(request, counts)
     work = out.with_name(f"{out.stem}.{making['hash']}.work")
     if not work.exists() and (found := _finished(out, making["hash"])) is not None:
@@ -129,7 +75,9 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
 
         def finish(draft: Path) -> None:
             _write_table(out.with_suffix(".csv"), blocks, request.task == "predict", more, lease.token)
-            write_json(out, {**_told(request, reference, counts, work, out, likeness), **making}, token=lease.token)
+            write_json(
+                out, {**_told(request, reference, counts, work, out, likeness, aims), **making}, token=lease.token
+            )
             write_json(draft, {"done": True})
 
         once(work / "done.json", finish, lease=lease, stop=stop)
@@ -163,41 +111,37 @@ def _likeness(request: Request, reference: Store | None, counts: _Counts) -> Lik
     return Likeness(*sides, cut_offs=request.cut_offs, samples=request.samples, seed=request.seed)
 
 
-def _conditions(run: Path, count: int) -> dict[str, Any]:
-    """How near the first `count` crystals are to what the campaign was asked for, if that is known."""
-    campaign = None
-    with suppress(InputError):  # of another version of this package
-        campaign = campaign_of(run)
-    if campaign is None or not campaign.conditions:
-        return {}
-    columns = {name: Store(run).column(name) for name in campaign.conditions if name in read_manifest(run).head.columns}
-    values = {name: np.where(column.missing, np.nan, column.values)[:count] for name, column in columns.items()}
-    return {"conditions": condition_figures(campaign.conditions, values)}
-
-
 def _told(
-    request: Request, reference: Store | None, counts: _Counts, work: Path, out: Path, likeness: Likeness | None
+    request: Request,
+    reference: Store | None,
+    counts: _Counts,
+    work: Path,
+    out: Path,
+    likeness: Likeness | None,
+    aims: Aims,
 ) -> dict[str, Any]:
     """All that is to be said of an evaluation, from its table and fingerprints, beside what made it."""
     table_file = out.with_suffix(".csv")
-    table, paired = Table(_read(table_file)), None
-    figures = {"validity": validity_figures(table, counts.asked), "bonds": bond_figures(table, counts.asked)}
+    table, paired, seed = Table(_read(table_file)), None, request.seed
+    figures = _own_figures(table, counts.asked, seed)
     if request.task == "predict":
         pairs = Pairs.load(work / "pairs.npz")
         lost = dict(zip(pairs.lost.tolist(), pairs.lost_valid.tolist(), strict=True))
-        figures |= predict_figures(table, counts.asked, counts.lines, lost)
+        figures |= prediction.predict_figures(table, counts.asked, seed, counts.lines, lost)
         paired = pairs.by
         if reference is not None and paired == BY_COMPOSITION:
-            figures["metre"] = metre_figures(table, len(reference), Comparison().tolerances.stol)
+            stol = Comparison().tolerances.stol
+            figures["metre"] = prediction.metre_figures(table, len(reference), stol, seed)
     else:
         largest = int(reference.sizes().atoms.max()) if reference is not None else None
-        figures |= generate_figures(table, largest) | _conditions(request.run, counts.written)
+        figures |= generate_figures(table, seed, largest)
+    figures |= aims.figures(table, counts.asked)
     if likeness is not None:
         figures |= likeness.figures(out.parent, table.flag("valid"), counts.asked)
     if (work / "novelty.csv").exists():
         figures["novelty"] = novelty.novelty_figures(
             novelty.Verdicts(_read(table_file)), counts.asked, request.seed,
-            compared=request.reference is not None, units=screened(request.run),
+            compared=request.reference is not None, screened=screened(request.run),
         )  # fmt: skip
     control = json.loads((work / "control.json").read_text(encoding="utf-8"))
     return {
@@ -208,13 +152,23 @@ def _told(
         **asdict(counts),
         "not_measured": dict(sorted(table.reasons.items())),
         "paired": paired,
+        "intervals": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
         "figures": figures,
         "control": control,
-        "definitions": DEFINITIONS | (novelty.DEFINITIONS if "novelty" in figures else {}),
+        "definitions": summary.DEFINITIONS
+        | targeted.DEFINITIONS
+        | (prediction.DEFINITIONS if request.task == "predict" else {})
+        | (novelty.DEFINITIONS if "novelty" in figures else {}),
         "tolerances": {"match": asdict(Comparison().tolerances), "strict": asdict(Comparison().strict)}
         | ({"same": novelty.tolerances()} if "novelty" in figures else {}),
         "table": table_file.name,
     }
+
+
+def _own_figures(table: Table, asked: int, seed: int) -> dict[str, Any]:
+    """Of crystals by themselves: validity, bonds, charges."""
+    rules = {"validity": validity_figures, "bonds": bond_figures, "charges": charge_figures}
+    return {name: figures(table, asked, seed) for name, figures in rules.items()}
 
 
 def _measure(
@@ -262,10 +216,11 @@ def _control(request: Request, reference: Store | None, written: int) -> dict[st
     if reference is None:
         del tables["real"]  # is what is evaluated
     many = len(tables["random"])
-    told = {"of": "run" if reference is None else "reference", "crystals": many, "seed": request.seed}
-    return told | {
-        kind: {**validity_figures(table, many), "bonds": bond_figures(table, many)} for kind, table in tables.items()
-    }
+    told: dict[str, Any] = {"of": "run" if reference is None else "reference", "crystals": many, "seed": request.seed}
+    for kind, table in tables.items():
+        figures = _own_figures(table, many, request.seed)
+        told[kind] = {**figures.pop("validity"), **figures}
+    return told
 
 
 def _written(run: Path) -> int:

@@ -13,6 +13,7 @@ from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.magpie import magpie_features
 from hpcgen.metrics.bonds import Lengths, bonds, element_divergence, lengths_apart
+from hpcgen.metrics.bootstrap import mean
 from hpcgen.metrics.coverage import (
     CUT_OFFS,
     chosen,
@@ -62,13 +63,12 @@ class Likeness:
             rows = (measured >= start) & (measured < start + len(crystals))
             whole.add(crystals, _scaled(crystals), np.arange(len(crystals)), measured[rows] - start)
         beside = (known[there_known], whole.features[there_known])
-        told = coverage(parts(), beside, asked, CUT_OFFS[self.cut_offs])
+        told = coverage(parts(), beside, asked, CUT_OFFS[self.cut_offs], self.seed)
         told["without_fingerprint"] = {"run": int((~there).sum()), "reference": int((~there_known).sum())}
-        energy = _finite(ours.energies)
         lengths = lengths_apart(sampled.lengths, whole.lengths)
         most = sorted(lengths, key=lambda pair: (-lengths[pair][1], pair))[:TOLD]
         return {
-            "energy": {"potential": self.run.potential, "known": len(energy), "mean": _mean(energy)},
+            "energy": {"potential": self.run.potential} | mean(ours.energies, self.seed),
             "coverage": told | {"reference": int(there_known.sum())},
             "wasserstein": {
                 "density": earth_movers(sampled.density, whole.density),
@@ -78,9 +78,17 @@ class Likeness:
                 "of_pairs": {_named(pair): lengths[pair][0] for pair in most},
             },
             "element_divergence": element_divergence(sampled.elements, whole.elements),
-            "symmetry": {"symprec": SYMPREC} | symmetry_figures(ours.space_groups, theirs.space_groups),
-            "diversity": {"structure": diversity(own[sample]), "composition": diversity(sampled.features)},
-            "samples": {"taken": len(sample), "asked": self.samples, "seed": self.seed},
+            "symmetry": {"symprec": SYMPREC} | symmetry_figures(ours.space_groups, theirs.space_groups, self.seed),
+            "diversity": {
+                "structure": diversity(own[sample], self.seed),
+                "composition": diversity(sampled.features, self.seed),
+            },
+            "samples": {
+                "taken": len(sample),
+                "asked": self.samples,
+                "short": len(sample) < self.samples,
+                "seed": self.seed,
+            },
         }
 
 
@@ -115,10 +123,6 @@ class _Collected:
 
 def _finite(values: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values)]
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if len(values) else None
 
 
 def _weighed(lengths: list[tuple[float, int]]) -> float | None:

@@ -12,6 +12,7 @@ import torch
 from hpcgen.campaign.pairs import Pairs
 from hpcgen.crystal.composition import reduced_formula
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.metrics.bond_valence import neutral
 from hpcgen.metrics.bonds import bonds
 from hpcgen.metrics.charge_balance import charge_balanced
 from hpcgen.metrics.match import Comparison, Match
@@ -22,7 +23,7 @@ from hpcgen.store.read import Store
 
 OWN = (
     "id", "formula", "num_atoms", "volume_per_atom", "distances", "distances_with_images", "radii", "composition",
-    "bonds", "sound_bonds", "lonely_atoms",
+    "neutral", "bonds", "sound_bonds", "lonely_atoms",
 )  # fmt: skip
 PAIRED = (
     "asked_for",
@@ -50,7 +51,7 @@ def own_values(crystals: Crystals, ids: list[str]) -> list[dict[str, Any]]:
     found = validity(crystals)
     numbers = [part.tolist() for part in crystals.atomic_numbers.split(crystals.num_atoms.tolist())]
     volumes = (crystals.volume / crystals.num_atoms).tolist()
-    bonded = _bonds(crystals, found.distances_with_images)
+    bonded = _bonded(crystals, found.distances_with_images)
     return [
         {
             "id": ids[k],
@@ -61,21 +62,26 @@ def own_values(crystals: Crystals, ids: list[str]) -> list[dict[str, Any]]:
             "distances_with_images": int(found.distances_with_images[k]),
             "radii": int(found.radii[k]),
             "composition": int(charge_balanced(numbers[k])),
-            **bonded.get(k, {}),
+            **bonded.get(k, {"neutral": 0}),
             "reason": "",
         }
         for k in range(len(crystals))
     ]
 
 
-def _bonds(crystals: Crystals, whole: np.ndarray) -> dict[int, dict[str, int]]:
-    """Bonds of the crystals that are `whole` (B,), by their place: those of collapsed ones are beyond counting."""
+def _bonded(crystals: Crystals, whole: np.ndarray) -> dict[int, dict[str, int | str]]:
+    """Bonds and charges of the crystals that are `whole` (B,), by their place: collapsed ones are beyond counting."""
     places = np.flatnonzero(whole)
     if not len(places):
         return {}
-    found = bonds(crystals[torch.from_numpy(places)])
+    some = crystals[torch.from_numpy(places)]
+    found, charges = bonds(some), neutral(some)
     columns = {"bonds": found.counts()[0], "sound_bonds": found.counts()[1], "lonely_atoms": found.lonely}
-    return {int(place): {name: int(values[at]) for name, values in columns.items()} for at, place in enumerate(places)}
+    told: dict[int, dict[str, int | str]] = {}
+    for at, place in enumerate(places.tolist()):
+        told[place] = {name: int(values[at]) for name, values in columns.items()}
+        told[place]["neutral"] = "" if np.isnan(charges[at]) else int(charges[at])
+    return told
 
 
 def control_rows(reference: Store, count: int, seed: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:

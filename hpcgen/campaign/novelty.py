@@ -1,14 +1,14 @@
 """Uniqueness, novelty and stability of the crystals of a run, as columns beside their table."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from hpcgen.metrics.cells import Sets
 from hpcgen.metrics.nearest import Nearest, find_nearest
-from hpcgen.metrics.novelty import SCREENED
+from hpcgen.metrics.novelty import RESTS_ON, SCREENED
 from hpcgen.metrics.same import MATCHERS, NONE, Same, find_same
 from hpcgen.runner.blocks import How, once
 from hpcgen.runner.lease import Lease
@@ -26,10 +26,21 @@ def measure_novelty(sets: Sets, work: Path, *, lease: Lease, stop: StopFlag, how
     return table
 
 
-def screened(run: Path) -> dict[str, str]:
-    """Unit of each column that a screen wrote, of those that this store has."""
-    specs = read_manifest(run).head.columns
-    return {name: specs[name].unit for name in SCREENED if name in specs and specs[name].kind == "float"}
+def screened(run: Path) -> dict[str, dict[str, str]]:
+    """Of each column that a screen wrote, of those that this store has: its unit, and what its values rest on.
+
+    A screen records the latter in the settings of the store, by column:
+    `screened: {e_above_hull: {potential: CHGNet 0.3.0, hull: …}, energy: {potential: …}}`.
+    """
+    head = read_manifest(run).head
+    recorded = head.settings.get("screened")
+    found = {}
+    for name, spec in head.columns.items():
+        if name in SCREENED and spec.kind == "float":
+            own = recorded.get(name) if isinstance(recorded, Mapping) else None
+            told = {what: str(own[what]) for what in RESTS_ON if own.get(what)} if isinstance(own, Mapping) else {}
+            found[name] = {"unit": spec.unit, **told}
+    return found
 
 
 def _write(draft: Path, sets: Sets, same: Path, near: list[Path]) -> None:
@@ -40,10 +51,10 @@ def _write(draft: Path, sets: Sets, same: Path, near: list[Path]) -> None:
 def _rows(sets: Sets, same: Same, near: list[Path]) -> Iterator[list[str]]:
     """The columns of each crystal, '' where there is no value."""
     store = Store(sets.run, dtype=None)
-    ids, units = store.ids, screened(sets.run)
+    ids = store.ids
     known = Store(sets.reference, sets.split, dtype=None).ids if sets.reference is not None else []
     nearest = Nearest.load(near) if near else None
-    numbers = {name: store.column(name).values for name in units}
+    numbers = {name: store.column(name).values for name in screened(sets.run)}
     for k in range(sets.count):
         row = []
         for t in range(len(MATCHERS)):

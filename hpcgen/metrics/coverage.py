@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.spatial.distance import pdist
+from scipy.spatial.distance import cdist
 from scipy.stats import wasserstein_distance
 
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.metrics.bootstrap import mean, mean_interval, share
 
 SCALE = Path(__file__).with_name("magpie_scale.json")
+_ROWS = 256  # crystals whose distances from all others are in memory at a time
 _GRAMS, _CM3 = 1.66053906660e-24, 1e-24  # of u and Å³ (CODATA 2018)
 
 
@@ -72,12 +74,14 @@ def coverage(
     reference: tuple[np.ndarray, np.ndarray],
     asked: int,
     cut_offs: CutOffs = CUT_OFFS["mp20"],
+    seed: int = 0,
 ) -> dict[str, Any]:
     """COV recall and precision, and the mean distances to the nearest, AMSD of structures, AMCD of compositions.
 
     parts: fingerprints (N, 61) and scaled Magpie features (N, 132) of generated crystals that have both; reference:
     of M known ones. A known crystal is covered if some generated one is near in structure and some, perhaps another
-    one, in composition; a generated one likewise, as a share of all `asked`.
+    one, in composition; a generated one likewise, as a share of all `asked`. seed: of the intervals, for which the
+    crystals that are counted or averaged are drawn, the other side being as it is.
     """
     structure, composition = (Nearest(side) for side in reference)
     distances: list[np.ndarray] = []  # (2, N) of each part
@@ -89,12 +93,12 @@ def coverage(
     near = np.array([[cut_offs.structure], [cut_offs.composition]])
     recalled, precise = (int((side <= near).all(0).sum()) for side in (of_reference, to_reference))
     return {
-        "recall": _share(recalled, of_reference.shape[1]),
-        "precision": _share(precise, asked),
-        "amsd_recall": _mean(of_reference[0]),
-        "amsd_precision": _mean(to_reference[0]),
-        "amcd_recall": _mean(of_reference[1]),
-        "amcd_precision": _mean(to_reference[1]),
+        "recall": share(recalled, of_reference.shape[1], seed),
+        "precision": share(precise, asked, seed),
+        "amsd_recall": mean(of_reference[0], seed),
+        "amsd_precision": mean(to_reference[0], seed),
+        "amcd_recall": mean(of_reference[1], seed),
+        "amcd_precision": mean(to_reference[1], seed),
         "cut_offs": asdict(cut_offs),
         "crystals": to_reference.shape[1],
     }
@@ -108,9 +112,20 @@ def chosen(valid: Sequence[int] | np.ndarray, samples: int, seed: int) -> np.nda
     return np.sort(np.random.Generator(np.random.Philox(seed)).permutation(places)[:samples])
 
 
-def diversity(features: np.ndarray) -> float | None:
-    """Mean distance of all pairs. (N, F); None for fewer than two."""
-    return float(pdist(features.astype(np.float64)).mean()) if len(features) > 1 else None
+def diversity(features: np.ndarray, seed: int) -> dict[str, Any]:
+    """Mean distance of all pairs, how many crystals, and the interval. (N, F); None for fewer than two.
+
+    For the interval crystals are drawn, each with its mean distance from all others. The mean over pairs varies twice
+    as much as theirs, each pair holding two crystals (Hoeffding, Ann. Math. Statist. 19, 293, 1948, first order).
+    """
+    many, exact = len(features), features.astype(np.float64)
+    if many < 2:
+        return {"mean": None, "of": many, "interval": None}
+    sums = [cdist(exact[at : at + _ROWS], exact).sum(1) for at in range(0, many, _ROWS)]
+    each = np.concatenate(sums) / (many - 1)
+    whole, ends = float(each.mean()), mean_interval(each, seed)
+    assert ends is not None
+    return {"mean": whole, "of": many, "interval": [whole + 2 * (end - whole) for end in ends]}
 
 
 def earth_movers(some: np.ndarray, others: np.ndarray) -> float | None:
@@ -141,11 +156,3 @@ def _masses() -> np.ndarray:
     from pymatgen.core import Element
 
     return np.array([0.0, *(float(Element.from_Z(z).atomic_mass) for z in range(1, 119))])
-
-
-def _share(count: int, of: int) -> dict[str, Any]:
-    return {"count": count, "of": of, "share": count / of if of else 0.0}
-
-
-def _mean(distances: np.ndarray) -> float | None:
-    return float(distances.mean()) if len(distances) and np.isfinite(distances).all() else None

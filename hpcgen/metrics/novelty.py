@@ -1,15 +1,18 @@
 """Stable, unique, novel: figures from the columns of the per-crystal table, each with a bootstrap interval."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from hpcgen.metrics.bootstrap import LEVEL, RESAMPLES, mean_interval, share_interval
+from hpcgen.metrics.bootstrap import mean, share
 from hpcgen.metrics.same import MATCHERS
+from hpcgen.metrics.words import mean_told, share_told
 
 STABLE, METASTABLE = 0.0, 0.1  # eV/atom above the hull, at most
+LOW = 0.5  # and below this: AutoPeri's limit of an unrelaxed crystal
+RESTS_ON = ("potential", "hull")  # of a column that a screen wrote, if it says so
 KINDS = ("novel", "known", "unknown", "not-compared")
 SCREENED = ("e_above_hull", "energy")  # columns of a store that a screen writes
 COLUMNS = (
@@ -26,9 +29,11 @@ DEFINITIONS = {
     "sun": f"unique, novel and at most {STABLE:g} eV/atom above the hull (column e_above_hull), over all asked; a "
     "crystal without a value counts as not stable",
     "metastable_sun": f"the same with at most {METASTABLE:g} eV/atom",
+    "stability": f"at most {STABLE:g} (stable), at most {METASTABLE:g} (metastable) and below {LOW:g} eV/atom (low, "
+    "AutoPeri's limit of an unrelaxed crystal) above the hull by the column e_above_hull, over all asked; potential "
+    "and hull: what these values rest on, as the store has recorded it",
     "similarity": "mean of the largest Tanimoto coefficient with a crystal of the reference: counts of neighbours by "
     "pair of elements and distance, up to 3 (V/N)^(1/3)",
-    "interval": f"{LEVEL:.0%} percentile bootstrap over crystals, {RESAMPLES:,} resamples, Philox of the seed",
 }
 _LINES = {
     "unique": "unique", "novel": "novel", "known": "known", "unknown": "elements unknown", "not-compared":
@@ -56,50 +61,43 @@ class Verdicts:
 
 
 def novelty_figures(
-    found: Verdicts, asked: int, seed: int, *, compared: bool, units: Mapping[str, str]
+    found: Verdicts, asked: int, seed: int, *, compared: bool, screened: Mapping[str, Mapping[str, str]]
 ) -> dict[str, Any]:
-    """Figures of both tolerances. compared: with a reference. units: of the columns SCREENED that the store has."""
+    """Figures of both tolerances. compared: with a reference.
+
+    screened: of the columns SCREENED that the store has, the unit, and what is recorded of RESTS_ON.
+    """
     stable = {
         name: found.e_above_hull <= most for name, most in (("sun", STABLE), ("metastable_sun", METASTABLE))
     }  # NaN is not
-    told: dict[str, Any] = {"seed": seed, "level": LEVEL, "resamples": RESAMPLES}
+    told: dict[str, Any] = {}
     for name in MATCHERS:
         masks = {"unique": found.unique[name]}
         if compared:
             masks |= {kind: found.novelty[name] == kind for kind in KINDS}
             masks["unique_novel"] = masks["unique"] & masks["novel"]
             masks["valid_unique_novel"] = masks["unique_novel"] & found.valid
-            if SCREENED[0] in units:
+            if SCREENED[0] in screened:
                 masks |= {kind: masks["unique_novel"] & mask for kind, mask in stable.items()}
         masks["not-compared"] = found.failed[name] | masks.get("not-compared", False)
-        told[name] = {kind: share(mask, asked, seed) for kind, mask in masks.items()}
+        told[name] = {kind: share(int(mask.sum()), asked, seed) for kind, mask in masks.items()}
     told["similarity"] = mean(found.similarity, seed) if compared else None
     told["stability"] = None
-    if SCREENED[0] in units:
-        known = np.isfinite(found.e_above_hull)
+    if SCREENED[0] in screened:
+        masks = stable | {"low": found.e_above_hull < LOW}
         told["stability"] = {
-            "screened": int(known.sum()),
-            "stable": share(stable["sun"], asked, seed),
-            "metastable": share(stable["metastable_sun"], asked, seed),
+            "screened": int(np.isfinite(found.e_above_hull).sum()),
+            **{
+                name: share(int(mask.sum()), asked, seed)
+                for name, mask in zip(("stable", "metastable", "low"), masks.values(), strict=True)
+            },
+            **{what: screened[SCREENED[0]].get(what) for what in RESTS_ON},
         }
-    told["energy"] = mean(found.energy, seed) | {"unit": units["energy"]} if "energy" in units else None
+    told["energy"] = None
+    if "energy" in screened:
+        unit, potential = (screened["energy"].get(what) for what in ("unit", "potential"))
+        told["energy"] = mean(found.energy, seed) | {"unit": unit, "potential": potential}
     return told
-
-
-def share(mask: np.ndarray, of: int, seed: int) -> dict[str, Any]:
-    """How many, of how many, and the interval."""
-    count = int(mask.sum())
-    return {"count": count, "of": of, "share": count / of if of else 0.0, "interval": share_interval(count, of, seed)}
-
-
-def mean(values: np.ndarray, seed: int) -> dict[str, Any]:
-    """Of the values that are there."""
-    known = values[np.isfinite(values)]
-    return {
-        "mean": float(known.mean()) if len(known) else None,
-        "of": len(known),
-        "interval": mean_interval(known, seed),
-    }
 
 
 def tolerances() -> dict[str, Any]:
@@ -113,7 +111,7 @@ def novelty_lines(told: Mapping[str, Any]) -> list[str]:
     lines = [f"{head:<28}" + "".join(f"  {f'{name} tolerances':>27}" for name in MATCHERS)]
     for kind, words in _LINES.items():
         if kind in figures["standard"] and (kind != "not-compared" or figures["standard"][kind]["count"]):
-            lines.append(f"  {words:<26}" + "".join(f"  {_share(figures[name][kind]):>27}" for name in MATCHERS))
+            lines.append(f"  {words:<26}" + "".join(f"  {share_told(figures[name][kind]):>27}" for name in MATCHERS))
     version = told["versions"].get("pymatgen-core") or told["versions"].get("pymatgen", "")
     for name, matcher in MATCHERS.items():
         how = f"ltol {matcher.ltol:g}, stol {matcher.stol:g}, angle_tol {matcher.angle_tol:g}"
@@ -123,9 +121,8 @@ def novelty_lines(told: Mapping[str, Any]) -> list[str]:
     )
     lines.append(f"reference: {named}")
     if (near := figures["similarity"]) and near["of"]:
-        lines.append(f"likeness of the nearest there: {_mean(near)} (Tanimoto, {near['of']:,} crystals)")
-    lines += _stability(figures)
-    return [*lines, f"in brackets {LEVEL:.0%} intervals: bootstrap, {RESAMPLES:,} resamples, seed {figures['seed']}"]
+        lines.append(f"likeness of the nearest there: {mean_told(near, digits=3)} (Tanimoto, {near['of']:,} crystals)")
+    return lines + _stability(figures)
 
 
 def _stability(figures: Mapping[str, Any]) -> list[str]:
@@ -133,19 +130,16 @@ def _stability(figures: Mapping[str, Any]) -> list[str]:
     if found is None:
         lines.append("stability: not screened (no column e_above_hull)")
     else:
-        told = f"stable {_share(found['stable'])}, metastable {_share(found['metastable'])}"
-        limits = f"at most {STABLE:g} and {METASTABLE:g} eV/atom above the hull"
-        lines.append(f"stability: {told}: {limits} by the column e_above_hull, {found['screened']:,} screened")
+        parts = (f"{name} {share_told(found[name])}" for name in ("stable", "metastable", "low"))
+        limits = f"at most {STABLE:g}, at most {METASTABLE:g} and below {LOW:g} eV/atom above the hull"
+        lines.append(f"stability: {', '.join(parts)}")
+        lines.append(f"  {limits} by the column e_above_hull, {found['screened']:,} screened")
+        lines.append(f"  {_rests_on(found, RESTS_ON)}")
     if (energy := figures["energy"]) and energy["of"]:
-        lines.append(f"energy: {_mean(energy)} {energy['unit']} (column energy, {energy['of']:,} crystals)")
+        value = f"{mean_told(energy, digits=3)} {energy['unit']} (column energy, {energy['of']:,} crystals)"
+        lines.append(f"energy: {value}; {_rests_on(energy, RESTS_ON[:1])}")
     return lines
 
 
-def _share(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"] or (0.0, 0.0)
-    return f"{100 * found['share']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _mean(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
+def _rests_on(found: Mapping[str, Any], kinds: Sequence[str]) -> str:
+    return "; ".join(f"{kind}: {found[kind] or 'not recorded in the store'}" for kind in kinds)

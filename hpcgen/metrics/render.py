@@ -5,6 +5,8 @@ from typing import Any
 
 from hpcgen.metrics.novelty import novelty_lines
 from hpcgen.metrics.summary import RULES
+from hpcgen.metrics.targeted import PERCENTILES
+from hpcgen.metrics.words import aligned, intervals_told, mean_told, number, percent, share_told
 
 
 def render(told: Mapping[str, Any]) -> str:
@@ -23,37 +25,35 @@ def render(told: Mapping[str, Any]) -> str:
     lines = [f"{name:<13} {value}" for name, value in head]
     if told["task"] == "predict":
         lines += ["", *_predict_lines(figures)]
+    if "success" in figures:
+        lines += ["", *_success_lines(figures["success"])]
     lines += ["", *_validity_lines(figures["validity"], told["control"])]
-    lines += ["", _bond_line(figures["bonds"], told["control"])]
-    if told["task"] == "generate":
-        atoms = figures["num_atoms"]
-        unique = f"{figures['formulas']:,} distinct, {_percent(figures['unique_formulas'])} of written"
-        lines += ["", f"{'formulas':<13} {unique}"]
-        if told["written"]:
-            lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {atoms['mean']:.2f}")
-            lines += ["", *_size_lines(figures)]
+    lines += ["", _bond_line(figures["bonds"], told["control"]), _charge_line(figures["charges"], told["control"])]
+    if told["task"] != "predict":
+        lines += ["", *_content_lines(figures, told["written"])]
         if "novelty" in figures:
             lines += ["", *novelty_lines(told)]
     for name, part in figures.get("conditions", {}).items():
-        error = part["mean_absolute_error"]
-        told_error = f"off by {error:.3g} on average, {part['known']:,} known" if error is not None else "not screened"
-        lines.append(f"{'condition':<13} {name} = {part['asked']:g}: {told_error}")
+        off = f"off by {mean_told(part, 'mean_absolute_error', 3)} on average, {part['known']:,} known"
+        lines.append(f"{'condition':<13} {name} = {part['asked']:g}: {off if part['known'] else 'not screened'}")
+    if "recall" in figures:
+        lines.append(_recall_line(figures["recall"]))
     if "coverage" in figures:
         lines += ["", *_likeness_lines(figures)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", intervals_told(told["intervals"])])
 
 
 def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | None) -> list[str]:
     heads, columns = ["count", "share"], [
         [f"{validity[name]['count']:,}" for name in RULES],
-        [_percent(validity[name]["share"]) for name in RULES],
+        [share_told(validity[name]) for name in RULES],
     ]  # fmt: skip
     if control:
         for kind in [kind for kind in ("real", "random") if kind in control]:
             heads.append(kind)
-            columns.append([_percent(control[kind][name]["share"]) for name in RULES])
+            columns.append([percent(control[kind][name]["share"]) for name in RULES])
     of = next(iter(validity.values()))["of"]
-    lines = _aligned(f"of {of:,} asked", list(RULES.values()), heads, columns)
+    lines = aligned(f"of {of:,} asked", list(RULES.values()), heads, columns)
     if control:
         many, chance = f"{control['crystals']:,}", f"coordinates at random, seed {control['seed']}"
         if control["of"] == "reference":
@@ -63,14 +63,24 @@ def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | No
     return lines
 
 
+def _content_lines(figures: Mapping[str, Any], written: int) -> list[str]:
+    """Formulas and sizes, and validity by size."""
+    atoms, of_written = figures["num_atoms"], percent(figures["unique_formulas"])
+    lines = [f"{'formulas':<13} {figures['formulas']:,} distinct, {of_written} of written"]
+    if written:
+        lines.append(f"{'atoms':<13} {atoms['min']} to {atoms['max']}, mean {mean_told(atoms, digits=2)}")
+        lines += ["", *_size_lines(figures)]
+    return lines
+
+
 def _size_lines(figures: Mapping[str, Any]) -> list[str]:
     """Validity by number of atoms."""
     parts, largest = figures["by_num_atoms"], figures["largest_known"]
     beyond = [" *" if largest is not None and part["atoms"][0] > largest else "" for part in parts]
     names = [_sizes_named(part["atoms"]) + mark for part, mark in zip(parts, beyond, strict=True)]
     columns = [[f"{part['valid']['of']:,}" for part in parts]]
-    columns += [[_percent(part[rule]["share"]) for part in parts] for rule in ("distances", "radii", "valid")]
-    lines = _aligned("of written", names, ["count", "0.5 Å", "radii", "valid"], columns)
+    columns += [[share_told(part[rule]) for part in parts] for rule in ("distances", "radii", "valid")]
+    lines = aligned("of written", names, ["count", "0.5 Å", "radii", "valid"], columns)
     return lines + ([f"* the largest crystal of the reference has {largest} atoms"] if any(beyond) else [])
 
 
@@ -80,33 +90,44 @@ def _sizes_named(atoms: Sequence[int]) -> str:
 
 
 def _bond_line(bonds: Mapping[str, Any], control: Mapping[str, Any] | None) -> str:
-    sides = {kind: control[kind]["bonds"] for kind in ("real", "random") if control and kind in control}
-    beside = [f"{kind} {_percent(side['sound']['share'])}, {_percent(side['crystals']['share'])}"
-              for kind, side in sides.items()]  # fmt: skip
-    told = f"{_percent(bonds['sound']['share'])} sound, all of them in {_percent(bonds['crystals']['share'])} of asked"
+    beside = [f"{kind} {percent(side['bonds']['sound']['share'])}, {percent(side['bonds']['crystals']['share'])}"
+              for kind, side in _controls(control)]  # fmt: skip
+    told = f"{share_told(bonds['sound'])} sound, all of them in {share_told(bonds['crystals'])} of asked"
     return f"{'bonds':<13} {told}" + (f" ({'; '.join(beside)})" if beside else "")
+
+
+def _charge_line(charges: Mapping[str, Any], control: Mapping[str, Any] | None) -> str:
+    beside = [f"{kind} {percent(side['charges']['share'])}" for kind, side in _controls(control)]
+    told = f"{share_told(charges)} neutral by bond valence, of {charges['of']:,}"
+    left = f", {charges['undetermined']:,} undetermined"
+    return f"{'charges':<13} {told}{left}" + (f" ({'; '.join(beside)})" if beside else "")
+
+
+def _controls(control: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(kind, control[kind]) for kind in ("real", "random") if control and kind in control]
 
 
 def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
     told, samples = figures["coverage"], figures["samples"]
     near, lost = told["cut_offs"], told["without_fingerprint"]
-    rows = [[_percent(told[side]["share"]), _number(told[f"amsd_{side}"]), _number(told[f"amcd_{side}"])]
+    rows = [[share_told(told[side]), mean_told(told[f"amsd_{side}"]), mean_told(told[f"amcd_{side}"])]
             for side in ("recall", "precision")]  # fmt: skip
     heads = ["share", "structures apart", "compositions apart"]
     names = [f"recall, of {told['recall']['of']:,} known", f"precision, of {told['precision']['of']:,} asked"]
-    lines = _aligned("coverage", names, heads, list(zip(*rows, strict=True)))
+    lines = aligned("coverage", names, heads, list(zip(*rows, strict=True)))
     lines.append(f"cut-offs {near['structure']:g} and {near['composition']:g}; without a fingerprint: "
                  f"{lost['run']:,} of the run, {lost['reference']:,} of the reference")  # fmt: skip
     apart, spread = figures["wasserstein"], figures["diversity"]
-    few = "" if samples["taken"] == samples["asked"] else f", {samples['asked']:,} were asked for"
+    few = f", fewer than the {samples['asked']:,} asked for" if samples["short"] else ""
+    structures, compositions = (mean_told(spread[name]) for name in ("structure", "composition"))
     return [
         *lines, "",
-        f"{'apart':<13} density {_number(apart['density'])} g/cm³, elements {_number(apart['num_elements'])}",
-        f"{'':<13} bond lengths {_number(apart['bond_lengths'])} Å; "
-        f"element divergence {_number(figures['element_divergence'])}",
+        f"{'apart':<13} density {number(apart['density'])} g/cm³, elements {number(apart['num_elements'])}",
+        f"{'':<13} bond lengths {number(apart['bond_lengths'])} Å; "
+        f"element divergence {number(figures['element_divergence'])}",
         *_energy_lines(figures["energy"], apart["energy"]),
         _symmetry_line(figures["symmetry"]),
-        f"{'diversity':<13} structures {_number(spread['structure'])}, compositions {_number(spread['composition'])}",
+        f"{'diversity':<13} structures {structures}, compositions {compositions}",
         f"{'':<13} of {samples['taken']:,} valid crystals{few}, seed {samples['seed']}",
     ]  # fmt: skip
 
@@ -114,21 +135,39 @@ def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
 def _energy_lines(energy: Mapping[str, Any], apart: float | None) -> list[str]:
     if not energy["potential"]:
         return []
-    told = f"{_number(energy['mean'])} eV/atom on average, {_number(apart)} from the reference"
-    return [f"{'energy':<13} {told}; {energy['potential']}, unrelaxed, {energy['known']:,} crystals"]
+    told = f"{mean_told(energy)} eV/atom on average, {number(apart)} from the reference"
+    return [f"{'energy':<13} {told}; {energy['potential']}, unrelaxed, {energy['of']:,} crystals"]
 
 
 def _symmetry_line(symmetry: Mapping[str, Any]) -> str:
-    own, known = (_percent(symmetry[name]["share"]) for name in ("symmetric", "symmetric_reference"))
+    own, known = share_told(symmetry["symmetric"]), percent(symmetry["symmetric_reference"]["share"])
     return (
         f"{'symmetry':<13} {own} beyond P1 (real {known}) at {symmetry['symprec']:g} Å; "
-        f"divergence of space groups {_number(symmetry['space_groups'])} bit, "
-        f"of crystal systems {_number(symmetry['crystal_systems'])}"
+        f"divergence of space groups {number(symmetry['space_groups'])} bit, "
+        f"of crystal systems {number(symmetry['crystal_systems'])}"
     )
 
 
-def _number(value: float | None) -> str:
-    return f"{value:.4f}" if value is not None else "–"
+def _recall_line(recall: Mapping[str, Any]) -> str:
+    best = f"of the {recall['of']:,} best by {recall['property']} ({percent(recall['top'])} of {recall['crystals']:,})"
+    return f"{'recall':<13} {share_told(recall)} {best} among the first {recall['k']:,} by {recall['rank_by']}"
+
+
+def _success_lines(success: Mapping[str, Any]) -> list[str]:
+    """Property optimisation."""
+    rows = [(f"SR{percent}", success[f"sr{percent}"]) for percent in PERCENTILES]
+    sign = "at least" if success["highest"] else "at most"
+    columns = [
+        [f"{sign} {part['limit']:.4g}" for _, part in rows],
+        [f"{part['count']:,}" for _, part in rows],
+        [share_told(part) for _, part in rows],
+    ]
+    title = f"of {success['starts']:,} starts"
+    lines = aligned(title, [name for name, _ in rows], [success["property"], "count", "share"], columns)
+    grouped = f"by the column {success['grouped_by']}" if success["grouped_by"] else "each crystal a start of its own"
+    return [*lines, f"the best valid one of at most {success['candidates']:,} of a start ({grouped}); "
+            f"without a value: {success['without_value']:,}; limits of {success['reference_values']:,} values of the "
+            "reference"]  # fmt: skip
 
 
 def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
@@ -146,29 +185,14 @@ def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
     columns = [
         [f"{part['count']:,}" for _, part in rows],
         [f"{part['of']:,}" for _, part in rows],
-        [_percent(part["share"]) for _, part in rows],
-        [f"{part['rms']:.4f}" if part.get("rms") is not None else "–" for _, part in rows],
+        [share_told(part) for _, part in rows],
+        [mean_told(part, "rms") for _, part in rows],
     ]
-    lines = _aligned("matched", [name for name, _ in rows], ["count", "of", "share", "RMSE"], columns)
+    lines = aligned("matched", [name for name, _ in rows], ["count", "of", "share", "RMSE"], columns)
     if "metre" in figures:
         met = figures["metre"]
-        share = f"{met['count']:,} of {met['of']:,} known crystals, {_percent(met['share'])}"
-        lines.append(f"METRe: {share}; cRMSE {_number(met['crms'])}")
+        share = f"{met['count']:,} of {met['of']:,} known crystals, {share_told(met)}"
+        lines.append(f"METRe: {share}; cRMSE {mean_told(met, 'crms')}")
     ceiling = figures["ceiling"]
-    valid = f"{_percent(ceiling['share'])} of {ceiling['of']:,} have a valid target"
+    valid = f"{share_told(ceiling)} of {ceiling['of']:,} have a valid target"
     return [*lines, f"{valid}: the most that DiffCSP's rate can be"]
-
-
-def _aligned(title: str, names: Sequence[str], heads: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str]:
-    width = max(map(len, [title, *names])) + 2
-    widths = [max(map(len, [head, *column])) for head, column in zip(heads, columns, strict=True)]
-    table = [
-        (title, heads),
-        *((f"  {name}", cells) for name, cells in zip(names, zip(*columns, strict=True), strict=True)),
-    ]
-    return [f"{name:<{width}}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True))
-            for name, cells in table]  # fmt: skip
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

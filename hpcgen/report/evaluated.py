@@ -23,6 +23,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         if (words := _share(value)) is not None:
             yield name, words
             value = {key: each for key, each in value.items() if key not in _SHARE}
+        value = _with_intervals(value)
         if len(value) > _MOST and name:
             yield name, f"{len(value)} values, see the JSON file"
             return
@@ -48,21 +49,38 @@ def raw_figures(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-_SHARE = {"count", "of", "share", "interval", "ci", "low", "high"}
+_SHARE = {"count", "of", "share", "interval"}
 
 
 def _share(value: Mapping[str, Any]) -> str | None:
-    """'87.5 % (175 of 200), 95 % within 82 % to 92 %'; None for a group that is no share."""
+    """'87.5 % (175 of 200), interval 82.0 to 92.0 %'; None for a group that is no share."""
     share = value.get("share")
     if not is_number(share):
         return None
     words = f"{100 * share:.1f} %"
     if is_number(value.get("count")) and is_number(value.get("of")):
         words += f" ({value['count']:,} of {value['of']:,})"
-    ends = value.get("interval") or value.get("ci") or [value.get("low"), value.get("high")]
-    if isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends)):
-        words += f", interval {100 * ends[0]:.1f} to {100 * ends[1]:.1f} %"
-    return words
+    return words + _interval(value.get("interval"), 100, " %")
+
+
+def _with_intervals(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A mean with `interval` beside it, and any other value with `NAME_interval`, become one in words."""
+    told = dict(value)
+    for name in value:
+        beside = "interval" if name == "mean" else f"{name}_interval"
+        if is_number(value[name]) and beside in told and (words := _interval(told[beside])):
+            told[name] = _words(value[name]) + words
+        if is_number(value[name]) or value[name] is None:
+            told.pop(beside, None)
+    return told
+
+
+def _interval(ends: Any, scale: float = 1.0, unit: str = "") -> str:
+    """', interval 0.5 to 0.9'; '' for what is none."""
+    if not (isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))):
+        return ""
+    low, high = (f"{scale * end:.1f}" if unit else _words(float(end)) for end in ends)
+    return f", interval {low} to {high}{unit}"
 
 
 def _words(value: Any) -> str:
