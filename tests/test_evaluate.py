@@ -380,6 +380,37 @@ def test_no_formula_and_no_match_still_give_numbers(tmp_path: Path, reference: P
     assert torch.isfinite(torch.tensor(told["figures"]["ceiling"]["share"]))
 
 
+@pytest.mark.parametrize("valid", [0, 1, 3])
+def test_fewer_valid_crystals_than_samples_asked_for(tmp_path: Path, reference: Path, valid: int) -> None:
+    """What can be computed of them is, and it is said and flagged that there are fewer."""
+    bad = replace(known()["fcc"], lattice=known()["fcc"].lattice * 0.1)
+    crystals = [*list(known().values())[:valid], *[bad] * (4 - valid)]
+    told = done(Request(store(tmp_path / "few", crystals, list("abcd")), reference, novelty=False), tmp_path / "e.json")
+    figures, shown = told["figures"], render(told)
+    assert figures["validity"]["valid"]["count"] == valid
+    assert figures["samples"] == {"taken": valid, "asked": 1000, "short": True, "seed": 0}
+    assert f"of {valid} valid crystals, fewer than the 1,000 asked for" in shown
+    assert (figures["wasserstein"]["density"] is None) == (valid == 0)
+    assert (figures["diversity"]["structure"]["mean"] is None) == (valid < 2)
+    assert figures["charges"] == share(int(valid > 0), 5 - max(valid, 1), seed=0) | {"undetermined": max(valid - 1, 0)}
+    json.dumps(told, allow_nan=False)
+
+
+def test_an_empty_store_is_refused(tmp_path: Path, reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_store(tmp_path / "empty", Head("test"), [])
+    (tmp_path / "nothing").mkdir()
+    for words, said in (
+        (["empty"], "empty: the store holds no crystals"),
+        (["nothing"], "nothing: "),
+        (["reference", "--reference", "empty"], "empty: the store holds no crystals"),
+        (["reference", "--reference", "empty", "--task", "predict"], "empty: the store holds no crystals"),
+    ):
+        paths = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in words]
+        assert cli.main(["evaluate", *paths, "--processes", "0"]) == 4, words
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1
+
+
 # ---- campaigns: what was asked for is known, also of what was rejected --------------------------------------
 
 

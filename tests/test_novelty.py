@@ -60,7 +60,9 @@ def plain_matcher(matcher: Matcher) -> Any:
     return StructureMatcher(**asdict(matcher))
 
 
-def store(path: Path, crystals: list[Crystals], hull: list[float] | None = None, energy: bool = False) -> Path:
+def store(
+    path: Path, crystals: list[Crystals], hull: list[float] | None = None, energy: bool = False, **settings: Any
+) -> Path:
     """A store of these crystals, c0, c1, ...; hull: e_above_hull of each, NaN for none."""
     values = {"e_above_hull": hull} if hull else {}
     if energy:
@@ -68,7 +70,7 @@ def store(path: Path, crystals: list[Crystals], hull: list[float] | None = None,
     spec = ColumnSpec("float", "eV/atom")
     columns = {name: Column(spec, np.array(some), np.isnan(some)) for name, some in values.items()}
     rows = Rows(Crystals.cat(crystals), [f"c{k}" for k in range(len(crystals))], columns)
-    write_store(path, Head("test", {}, dict.fromkeys(columns, spec)), [("all", rows)])
+    write_store(path, Head("test", settings, dict.fromkeys(columns, spec)), [("all", rows)])
     return path
 
 
@@ -328,6 +330,26 @@ def test_evaluate(tmp_path: Path) -> None:
     for part in ("stable, unique, novel", "2.5 % [", "ltol 0.1, stol 0.15", "4 crystals", "seed 7", "elements unknown",
                  f"{len(run) - 1} screened", "eV/atom"):  # fmt: skip
         assert part in shown
+
+
+def test_stability_names_what_it_rests_on(tmp_path: Path) -> None:
+    """As far as the store says so; a setting of that name which is something else is none."""
+    crystals, hull = [special()[name] for name in ("NaCl", "fcc", "hcp")], [-0.1, 0.3, 0.7]
+    recorded = {"e_above_hull": {"potential": "CHGNet 0.3.0", "hull": "MP 2026.3"}, "energy": {"potential": "PBE"}}
+    for name, settings, told in (
+        ("full", {"screened": recorded}, ("CHGNet 0.3.0", "MP 2026.3", "PBE")),
+        ("half", {"screened": {"e_above_hull": {"hull": "MP 2026.3"}, "energy": "?"}}, (None, "MP 2026.3", None)),
+        ("odd", {"screened": True}, (None, None, None)),
+        ("bare", {}, (None, None, None)),
+    ):
+        path = store(tmp_path / name, crystals, hull, energy=True, **settings)
+        found, _ = evaluated(Request(path), tmp_path / f"{name}.json")
+        figures = found["figures"]["novelty"]
+        assert (figures["stability"]["potential"], figures["stability"]["hull"], figures["energy"]["potential"]) == told
+        assert [figures["stability"][kind]["count"] for kind in ("stable", "metastable", "low")] == [1, 1, 2]
+        shown = render(found)
+        potential, ground, energy = (value or "not recorded in the store" for value in told)
+        assert f"potential: {potential}; hull: {ground}" in shown and f"3 crystals); potential: {energy}" in shown
 
 
 def test_not_screened_no_reference_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
