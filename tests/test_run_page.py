@@ -279,7 +279,10 @@ def test_figures_that_are_not_known_are_shown() -> None:
     told = {
         "figures": {
             "valid": {"count": 3, "of": 4, "share": 0.75, "interval": [0.5, 0.9], "how": "so"},
-            "cov": {"recall": 0.5, "deep": {"amsd": None}},
+            "cov": {"recall": 0.5, "deep": {"amsd": None}, "far": {"mean": 0.5, "of": 3, "interval": [0.25, 0.75]}},
+            "rate": {"count": 1, "of": 2, "share": 0.5, "interval": None, "rms": 0.1, "rms_interval": [0.05, 0.2]},
+            "none": {"mean": None, "of": 0, "interval": None},
+            "atoms": {"min": 1, "mean": 2.5, "interval": [2, 3]},
             "sizes": {str(n): n for n in range(40)},
             "parts": [{"atoms": [1, 4], "share": 0.25}, {"atoms": [5, 8], "share": 0.5}],
             "flag": True,
@@ -288,10 +291,16 @@ def test_figures_that_are_not_known_are_shown() -> None:
         "definitions": {"recall": "of what"},
     }
     assert figures_of(told) == {
-        "valid": "75.0 % (3 of 4), interval 50.0 to 90.0 %",
+        "valid": "75.0 % [50.0, 90.0], 3 of 4",
         "valid.how": "so",
         "cov.recall": "0.5",
         "cov.deep.amsd": "–",
+        "cov.far": "0.5 [0.25, 0.75], of 3",
+        "rate": "50.0 %, 1 of 2",
+        "rate.rms": "0.1 [0.05, 0.2]",
+        "none": "–, of 0",
+        "atoms.min": "1",
+        "atoms.mean": "2.5 [2, 3]",
         "sizes": "40 values, see the JSON file",
         "parts.atoms 1 to 4": "25.0 %",
         "parts.atoms 5 to 8": "50.0 %",

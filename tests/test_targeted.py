@@ -134,14 +134,14 @@ def test_optimize(run: Path, reference: Path, capsys: pytest.CaptureFixture[str]
 
 def test_recall(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--property", "gap", "--rank-by", "score", "--recall-of", "0.4", "--no-novelty"]
-    assert evaluated(run, *words)["recall"]["share"] == 1
+    assert evaluated(run, *words)["recall_at_k"]["share"] == 1
     shown = capsys.readouterr().out
     assert (
         "recall        100.0 % [100.0, 100.0] of the 2 best by gap (40.0 % of 5) among the first 100 by score" in shown
     )
-    found = evaluated(run, *words, "--recall-at", "2")["recall"]
+    found = evaluated(run, *words, "--recall-at", "2")["recall_at_k"]
     assert (found["count"], found["of"]) == (1, 2)
-    assert evaluated(run, *words[2:], "--property=-gap", "--recall-at", "2")["recall"]["count"] == 0
+    assert evaluated(run, *words[2:], "--property=-gap", "--recall-at", "2")["recall_at_k"]["count"] == 0
 
 
 @pytest.mark.parametrize(

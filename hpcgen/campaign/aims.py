@@ -65,7 +65,7 @@ class Aims:
                 self.values, self.ranks, k=request.recall_at, top=request.recall_of, seed=request.seed,
                 highest=(_more(request.property), _more(request.rank_by)),
             )  # fmt: skip
-            figures["recall"] = found | {"property": request.property, "rank_by": request.rank_by}
+            figures["recall_at_k"] = found | {"property": request.property, "rank_by": request.rank_by}
         if request.task == "optimize" and request.property is not None:
             found = success_figures(
                 self.values, table.flag("valid"), self.starts, self.known, asked=asked, seed=request.seed,

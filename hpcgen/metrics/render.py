@@ -36,8 +36,8 @@ def render(told: Mapping[str, Any]) -> str:
     for name, part in figures.get("conditions", {}).items():
         off = f"off by {mean_told(part, 'mean_absolute_error', 3)} on average, {part['known']:,} known"
         lines.append(f"{'condition':<13} {name} = {part['asked']:g}: {off if part['known'] else 'not screened'}")
-    if "recall" in figures:
-        lines.append(_recall_line(figures["recall"]))
+    if "recall_at_k" in figures:
+        lines.append(_recall_line(figures["recall_at_k"]))
     if "coverage" in figures:
         lines += ["", *_likeness_lines(figures)]
     return "\n".join([*lines, "", intervals_told(told["intervals"])])

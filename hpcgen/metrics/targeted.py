@@ -11,7 +11,7 @@ PERCENTILES = (5, 10, 15)
 DEFINITIONS = {
     "conditions": "mean absolute difference of what was asked for from the column of that name, over crystals with a "
     "value; without such a column not screened",
-    "recall": "Recall@K: of the best crystals of the run by a property, the share found among the first K by another "
+    "recall_at_k": "of the best crystals of the run by a property, the share found among the first K by another "
     "column, which ranks them; best are the share of `top`, rounded up, lowest first or, where highest is true, "
     "highest first; of crystals that have both values, equal ones in their order",
     "success": "SR5, SR10, SR15: starts whose best valid candidate is at or under that percentile of the property in "

@@ -1,6 +1,6 @@
 """Figures of `hpcgen evaluate` as tables and bars: read without knowing them, so that new ones are shown too."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ def figures_of(told: Mapping[str, Any]) -> dict[str, str]:
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, Mapping):
-        if (words := _share(value)) is not None:
-            yield name, words
-            value = {key: each for key, each in value.items() if key not in _SHARE}
+        for words, told in ((_share(value), _SHARE), (_mean(value), _MEAN)):
+            if words is not None:
+                yield name, words
+                value = {key: each for key, each in value.items() if key not in told}
         value = _with_intervals(value)
         if len(value) > _MOST and name:
             yield name, f"{len(value)} values, see the JSON file"
@@ -49,38 +50,42 @@ def raw_figures(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-_SHARE = {"count", "of", "share", "interval"}
+_SHARE, _MEAN = {"count", "of", "share", "interval"}, {"mean", "of", "interval"}
 
 
 def _share(value: Mapping[str, Any]) -> str | None:
-    """'87.5 % (175 of 200), interval 82.0 to 92.0 %'; None for a group that is no share."""
+    """'87.5 % [82.0, 92.0], 175 of 200'; None for a group that is no share."""
     share = value.get("share")
     if not is_number(share):
         return None
-    words = f"{100 * share:.1f} %"
+    words = f"{100 * share:.1f} %" + _interval(value.get("interval"), lambda end: f"{100 * end:.1f}")
     if is_number(value.get("count")) and is_number(value.get("of")):
-        words += f" ({value['count']:,} of {value['of']:,})"
-    return words + _interval(value.get("interval"), 100, " %")
+        words += f", {value['count']:,} of {value['of']:,}"
+    return words
+
+
+def _mean(value: Mapping[str, Any]) -> str | None:
+    """'0.2543 [0.2454, 0.2628], of 576'; None for a group that is no mean."""
+    if _MEAN - value.keys() or not is_number(value["of"]):
+        return None
+    return f"{_words(value['mean'])}{_interval(value['interval'], _words)}, of {value['of']:,}"
 
 
 def _with_intervals(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A mean with `interval` beside it, and any other value with `NAME_interval`, become one in words."""
+    """NAME and NAME_interval, or `interval` of a mean, become one in words."""
     told = dict(value)
-    for name in value:
+    for name, each in value.items():
         beside = "interval" if name == "mean" else f"{name}_interval"
-        if is_number(value[name]) and beside in told and (words := _interval(told[beside])):
-            told[name] = _words(value[name]) + words
-        if is_number(value[name]) or value[name] is None:
-            told.pop(beside, None)
+        if beside in value and (is_number(each) or each is None):
+            told[name] = _words(each) + _interval(told.pop(beside), _words)
     return told
 
 
-def _interval(ends: Any, scale: float = 1.0, unit: str = "") -> str:
-    """', interval 0.5 to 0.9'; '' for what is none."""
+def _interval(ends: Any, told: Callable[[float], str]) -> str:
+    """' [82.0, 92.0]'; '' where there is none."""
     if not (isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))):
         return ""
-    low, high = (f"{scale * end:.1f}" if unit else _words(float(end)) for end in ends)
-    return f", interval {low} to {high}{unit}"
+    return f" [{told(float(ends[0]))}, {told(float(ends[1]))}]"
 
 
 def _words(value: Any) -> str:
@@ -103,6 +108,16 @@ def meaning_of(name: str, evaluations: Sequence[Mapping[str, Any]]) -> str:
             for part in (name, *reversed(name.split("."))):
                 if part in definitions:
                     return str(definitions[part])
+    return ""
+
+
+def intervals_of(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """What stands in brackets, in a sentence; '' where nothing is known of it."""
+    for told in evaluations:
+        how = told.get("intervals")
+        if isinstance(how, Mapping) and all(is_number(how.get(name)) for name in ("level", "resamples", "seed")):
+            level, resamples, seed = 100 * how["level"], how["resamples"], how["seed"]
+            return f"In brackets {level:g} % intervals: bootstrap, {resamples:,} resamples, seed {seed}."
     return ""
 
 

@@ -22,7 +22,7 @@ from hpcgen.report.distributions import (
     wide_pictures,
 )
 from hpcgen.report.done import asked_and_done, settings_of
-from hpcgen.report.evaluated import figures_of, meaning_of, raw_figures, validity_of
+from hpcgen.report.evaluated import figures_of, intervals_of, meaning_of, raw_figures, validity_of
 from hpcgen.report.gather import BOND, SYMPREC, Gathered
 from hpcgen.report.parts import fact_list, figure, grid, section, table, text
 from hpcgen.report.pictures import WIDE, Picture, picture
@@ -138,7 +138,10 @@ def _evaluation(runs: Sequence[Run], task: str, part: Part) -> str:
     """One evaluation of the runs that have it: every figure with what defines it."""
     having = [run for run in runs if task in run.evaluations]
     told = [run.evaluations[task] for run in having]
-    rows = [(*row, meaning_of(str(row[0]), told)) for row in _columns(having, [figures_of(each) for each in told])]
+    rows = _columns(having, [figures_of(each) for each in told])
+    meanings = [meaning_of(str(row[0]), told) for row in rows]
+    first = [meaning if meaning not in meanings[:at] else "" for at, meaning in enumerate(meanings)]  # said once
+    rows = [(*row, meaning) for row, meaning in zip(rows, first, strict=True)]
     heads = ("figure", *(run.name for run in having), "what defines it")
     raw = [dict(raw_figures(each["figures"])) for each in told]
     names = dict.fromkeys(name for each in raw for name in each)
@@ -153,6 +156,7 @@ def _evaluation(runs: Sequence[Run], task: str, part: Part) -> str:
             f"not compared: {', '.join(f'{n} {why}' for why, n in lost.items())}" if lost else "",
         ]  # fmt: skip
         said.append(f"{run.name}: {'; '.join(filter(None, facts))}.")
+    said.append(intervals_of(told))
     return (
         f"<h3>{text(task)}</h3>{paragraph(' '.join(said))}{table(heads, [tuple(map(str, r)) for r in rows], 'wordy')}"
     )
