@@ -224,7 +224,7 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
     add = how.add_argument
     add("--steps", type=int, default=default.steps, metavar="N", help="calls of the network (default: %(default)s)")
     for name, meaning in (
-        ("churn", "noise added before each step, in steps; 0: deterministic"),
+        ("churn", "noise added before each step but the last, in steps; 0: deterministic"),
         ("speed", "coordinates move 1 + speed (1 - t) times as far"),
         ("guidance", "1: as trained; more: closer to conditions and elements asked for"),
     ):

@@ -22,7 +22,7 @@ from hpcgen.models.saved import write_model
 from hpcgen.store.read import Store
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT: dict[str, Any] = {"steps": 2, "tile": 16, "block": 32, "device": "cpu", "processes": 0}
+SHORT: dict[str, Any] = {"steps": 3, "tile": 16, "block": 32, "device": "cpu", "processes": 0}
 MOST = 20  # atoms of a training crystal
 
 

@@ -254,6 +254,20 @@ def test_with_a_network_that_knows_the_crystals_sampling_gives_them(how: dict, g
     assert apart.abs().max() < 1e-3
 
 
+def test_noise_is_added_before_every_step_but_the_first_and_the_last() -> None:
+    class Watched(Oracle):
+        def read(self, t, *told) -> Reading:
+            times.append(float(t[0]))
+            return super().read(t, *told)
+
+    times: list[float] = []
+    of = crystals().to(dtype=torch.float32)
+    net = Watched(replace(TINY, conditions=[]))
+    net.truth = Dense.of(of)
+    net.sample(Request(torch.arange(len(of)), of.num_atoms, net.truth.species, steps=5, churn=0.5), Draw(5))
+    assert times == pytest.approx([1.0, 0.9, 0.7, 0.5, 0.2])
+
+
 def test_a_sample_is_a_function_of_seed_and_index() -> None:
     net = model(replace(TINY, conditions=[])).float()
     counts = torch.tensor([3, 5, 2, 4])

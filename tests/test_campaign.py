@@ -144,7 +144,7 @@ def stopping_after(patched: pytest.MonkeyPatch, calls: int) -> None:
     patched.setattr(Sampler, "sample", stop)
 
 
-@pytest.mark.parametrize("setting", [{"seed": 1}, {"steps": 3}, {"churn": 0.5}, {"conditions": {"band_gap": 2.0}},
+@pytest.mark.parametrize("setting", [{"seed": 1}, {"steps": 4}, {"churn": 0.5}, {"conditions": {"band_gap": 2.0}},
                                      {"elements": "Li-P-S"}, {"precision": "bf16"}])  # fmt: skip
 def test_what_shall_matter_does(checkpoint: Path, whole: Path, tmp_path: Path, setting: dict) -> None:
     run(checkpoint, tmp_path, n=32, **setting)

@@ -47,7 +47,7 @@ def test_a_signal_costs_the_piece_in_progress(
 
     def signalling(*arguments: Any) -> Any:
         steps[0] += 1
-        if steps[0] == 17:
+        if steps[0] == 25:
             os.kill(os.getpid(), number)
         return read(*arguments)
 
@@ -55,7 +55,7 @@ def test_a_signal_costs_the_piece_in_progress(
         patched.setattr(AutoPeri, "read", signalling)
         with pytest.raises(StoppedEarly, match=number.name):
             run(checkpoint, tmp_path / "run", n=60)
-    assert steps[0] == 17, "it left before the next step"
+    assert steps[0] == 25, "it left before the next step"
     assert [path.name for path in (tmp_path / "run").glob("*.part")] == ["all-00000.h5.part"]
     assert not list((tmp_path / "run").rglob("*.draft")) and not (tmp_path / "run" / "lease").exists()
     assert read_json_lines(tmp_path / "run" / "events.jsonl")[-1]["event"] == "stop"
@@ -159,7 +159,7 @@ def test_a_read_only_folder_ends_with_7(checkpoint: Path, small_disk: Path) -> N
 
 CHANGES = [
     ({"seed": 1}, "seed = 0, now it is 1"),
-    ({"steps": 3}, "steps = 2, now it is 3"),
+    ({"steps": 4}, "steps = 3, now it is 4"),
     ({"churn": 0.5}, "churn = 1.0, now it is 0.5"),
     ({"guidance": 2.0, "conditions": {"band_gap": 1.0}}, "conditions = "),
     ({"tile": 32}, "tile = 16, now it is 32"),

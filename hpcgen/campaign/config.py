@@ -44,9 +44,9 @@ class CampaignConfig:
     conditions: dict[str, float] = field(default_factory=dict)
     elements: str = ""  # chemical system, as Li-P-S
     num_atoms: str = ""  # 12, or 4-20; the sizes of the training crystals
-    steps: int = 25  # this and the next two: chosen with the packaged model, see models/checkpoints/autoperi.md
+    steps: int = 16  # this and the next two: chosen with the packaged model, see models/checkpoints/autoperi.md
     churn: float = 1.0
-    speed: float = 5.0
+    speed: float = 10.0
     guidance: float = 1.0
 
     precision: str = "float32"

@@ -213,7 +213,7 @@ class AutoPeri(nn.Module):
         times = [1 - k / request.steps for k in range(request.steps + 1)]
         for k, (now, then) in enumerate(zip(times, times[1:], strict=False)):
             go_on()
-            start = min(1.0, now + request.churn * (now - then)) if k else now
+            start = min(1.0, now + request.churn * (now - then)) if k and then else now
             if start > now:
                 sites = sites + added(now, start) * draw.normal(Purpose.CHURN, index, k, length, 3)
                 lattice = lattice + self.lattice_noise.added(now, start) * draw.normal(

@@ -16,6 +16,6 @@ class Request:
     conditions: Mapping[str, float] = field(default_factory=dict)
     elements: tuple[int, ...] = ()  # of the chemical system, if it is asked for: no others are taken
     steps: int = 50
-    churn: float = 0.0  # noise added before each step, in steps: 0 is deterministic
+    churn: float = 0.0  # noise added before each step but the first and the last, in steps: 0 is deterministic
     speed: float = 0.0  # coordinates move 1 + speed (1 - t) times as far
     guidance: float = 1.0  # 1: as trained; more: further away from what is made without the conditions
