@@ -156,5 +156,7 @@ class Layer(nn.Module):
 
 def _softmax(score: Tensor) -> Tensor:
     """Along the last dimension. Torch's own takes CPUs three times as long where that is short, as crystals are."""
-    weight = torch.exp(score - score.amax(-1, keepdim=True))
+    if score.is_cuda:
+        return score.softmax(-1)
+    weight = torch.exp(score - score.detach().amax(-1, keepdim=True))
     return weight / weight.sum(-1, keepdim=True)
