@@ -32,7 +32,9 @@ from hpcgen.crystal.convert import from_pymatgen, to_pymatgen
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import niggli_reduce
 from hpcgen.crystal.match import Matcher, reduced_cell
-from hpcgen.crystal.outline import minima, outlines, short_enough, sides
+from hpcgen.crystal.outline import minima, outlines, short_enough
+from hpcgen.crystal.superpose import compared, same
+from hpcgen.crystal.torus import shortest_step
 from hpcgen.metrics import same as same_module
 from hpcgen.metrics.bootstrap import mean_interval, share_interval
 from hpcgen.metrics.cells import Buckets, Sets, shares
@@ -88,24 +90,72 @@ def pairs() -> list[tuple[Crystals, Crystals]]:
     return made
 
 
+def verdicts(some: list[tuple[Crystals, Crystals]], matcher: Matcher) -> tuple[np.ndarray, np.ndarray]:
+    """Ours, all at once, and plain StructureMatcher's on pairs of reduced crystals. (P,), (P,) bool."""
+    plain, both = plain_matcher(matcher), Crystals.cat([one for pair in some for one in pair])
+    structures = to_pymatgen(both)
+    wanted = [
+        plain.fit(*couple, skip_structure_reduction=True)
+        for couple in zip(structures[::2], structures[1::2], strict=True)
+    ]
+    places = np.arange(0, len(both), 2)
+    return same(outlines(both), places, places + 1, [matcher])[:, 0], np.array(wanted)
+
+
 @pytest.mark.parametrize("matcher", [STANDARD, STRICT, PEERS], ids=["standard", "strict", "peers"])
 def test_same_is_structure_matchers_verdict(matcher: Matcher) -> None:
-    plain, verdicts = plain_matcher(matcher), []
-    for one, other in pairs():
-        first, second = outlines(Crystals.cat([one, other]))
-        structures = to_pymatgen(Crystals.cat([one, other]))
-        verdicts.append(plain.fit(*structures, skip_structure_reduction=True))
-        assert matcher.same(first, second) == verdicts[-1]
-        assert matcher.same(second, first) == plain.fit(*reversed(structures), skip_structure_reduction=True)
-    assert 5 < sum(verdicts) < len(verdicts) - 5
+    some = pairs()
+    found, wanted = verdicts([*some, *((other, one) for one, other in some)], matcher)
+    assert (found == wanted).all() and 5 < wanted.sum() < len(wanted) - 5
+
+
+def unordered() -> list[tuple[Crystals, Crystals]]:
+    """Sites at random, a few of one element, in cells that are or are not alike: here the assignment decides."""
+    cells, _ = niggli_reduce(random_cells(12, seed=3, skew=1, rounds=2))
+    generator, made = torch.Generator().manual_seed(4), []
+    for k, size in itertools.product(range(12), (2, 3, 5)):
+        for strain in (0.0, 0.1):
+            both = []
+            for _ in range(2):
+                frac = torch.rand(size, 3, generator=generator, dtype=torch.float64)
+                lattice = cells[k] @ (torch.eye(3) + strain * torch.randn(3, 3, generator=generator)).double()
+                both.append(reduced_cell(crystal(lattice, frac, [14] * (size - 1) + [8])))
+            made.append((both[0], both[1]))
+    return [pair for pair in made if len(set(map(len, (pair[0].frac_coords, pair[1].frac_coords)))) == 1]
+
+
+@pytest.mark.parametrize("matcher", [STANDARD, PEERS], ids=["standard", "peers"])
+def test_sites_without_order(matcher: Matcher) -> None:
+    found, wanted = verdicts(unordered(), matcher)
+    assert (found == wanted).all() and 3 < wanted.sum() < len(wanted) - 3
+
+
+def test_several_tolerances_at_once_and_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = pairs()
+    cells, places = outlines(Crystals.cat([one for pair in some for one in pair])), np.arange(0, 2 * len(some), 2)
+    matchers = [STANDARD, STRICT, PEERS]
+    every, failed = compared(cells, places, places + 1, matchers)
+    assert not failed.any()
+    for t, matcher in enumerate(matchers):
+        assert (every[:, t] == same(cells, places, places + 1, [matcher])[:, 0]).all()
+
+    def odd(of: Any, one: np.ndarray, *rest: Any) -> np.ndarray:
+        if 6 in one:
+            raise IndexError("an odd cell")
+        return same(of, one, *rest)
+
+    monkeypatch.setattr("hpcgen.crystal.superpose.same", odd)
+    found, failed = compared(cells, places, places + 1, matchers)
+    assert failed.nonzero()[0].tolist() == [3] and not found[3].any()
+    assert (np.delete(found, 3, 0) == np.delete(every, 3, 0)).all()
 
 
 def test_other_elements_and_numbers_never_match() -> None:
     one, other = special()["hcp"], special()["diamond"]
     swapped = replace(one, atomic_numbers=torch.tensor([12, 13]))
-    same = outlines(Crystals.cat([one, swapped]))
-    assert not STANDARD.same(*same) and not STANDARD.same(*reversed(same))
-    assert not STANDARD.same(*outlines(Crystals.cat([one, other])))
+    cells = outlines(Crystals.cat([one, swapped, other]))
+    assert not same(cells, np.array([0, 1, 0, 2]), np.array([1, 0, 2, 0]), [STANDARD]).any()
+    assert not same(cells, np.array([], dtype=int), np.array([], dtype=int), [STANDARD]).any()
 
 
 @pytest.mark.parametrize("name", [name for name in special() if name != "sixty"])
@@ -115,7 +165,9 @@ def test_a_reduced_cell_is_pymatgens(name: str) -> None:
         plain = to_pymatgen(one)[0].get_reduced_structure("niggli").get_primitive_structure()
         wanted = from_pymatgen([plain])
         found = reduced_cell(one)
-        assert torch.equal(found.lattice, wanted.lattice) and torch.equal(found.frac_coords, wanted.frac_coords)
+        assert torch.equal(found.atomic_numbers, wanted.atomic_numbers)
+        assert torch.allclose(found.lattice, wanted.lattice, rtol=1e-12, atol=1e-12)
+        assert (shortest_step(found.frac_coords, wanted.frac_coords).abs() < 1e-12).all()
 
 
 def test_the_minima_part_nothing_that_maps() -> None:
@@ -123,11 +175,11 @@ def test_the_minima_part_nothing_that_maps() -> None:
     cells, _ = niggli_reduce(random_cells(60, seed=8, skew=1, rounds=2))
     some = outlines(random_crystals(cells, seed=8))
     least = minima(cells.numpy())
-    assert np.allclose(least, np.sort(sides(cells.numpy())), rtol=1e-6)  # the sides of a Niggli cell
+    assert np.allclose(least, np.sort(some.lengths), rtol=1e-6)  # the sides of a Niggli cell
     sheared = (SHEAR.double() @ SHEAR.mT.double() @ cells).numpy()
-    assert np.allclose(minima(sheared), least) and not np.allclose(np.sort(sides(sheared)), least)
+    assert np.allclose(minima(sheared), least)
     for matcher in (STANDARD, PEERS):
-        allowed = np.array([short_enough(least, each.lengths, matcher.ltol) for each in some]).T
+        allowed = np.array([short_enough(least, lengths, matcher.ltol) for lengths in some.lengths]).T
         plain = [structure.lattice for structure in to_pymatgen(random_crystals(cells, seed=8))]
         plain = [type(lattice)(lattice.matrix / lattice.volume ** (1 / 3)) for lattice in plain]
         for i, j in itertools.product(range(0, 60, 6), range(60)):
@@ -208,9 +260,12 @@ def test_what_hangs_or_fails_is_not_compared(tmp_path: Path, monkeypatch: pytest
     run = [special()["fcc"], special()["hcp"], special()["fcc"], special()["fcc"]]
     found(Sets(store(tmp_path / "run", run), 4), tmp_path / "work")
     cursor = Cursor([0] * 4, lambda: None, tmp_path / "keep")
-    cursor.culprits = {1: "timeout"}
     buckets = tmp_path / "work" / "buckets.h5"
     work = SameBlock(buckets, 4, (0, 3), (STANDARD,))
+    assert work(Block(0, tmp_path / "x", 3), tmp_path / "out.npz", cursor) == {"compared": 3, "pairs": 2}
+    with np.load(tmp_path / "out.npz") as told:
+        assert told["found"][:, 0, 0].tolist() == [NONE, 0, 0] and not told["failed"].any()
+    cursor.culprits = {-1: "timeout", 1: "timeout"}  # all together, then the second one by itself
     assert work(Block(0, tmp_path / "x", 3), tmp_path / "out.npz", cursor) == {"compared": 3, "pairs": 1}
     with np.load(tmp_path / "out.npz") as told:
         assert told["found"][:, 0, 0].tolist() == [NONE, NONE, 0] and told["failed"][:, 0, 0].tolist() == [0, 1, 0]
@@ -218,9 +273,9 @@ def test_what_hangs_or_fails_is_not_compared(tmp_path: Path, monkeypatch: pytest
     def odd(*_: object) -> bool:
         raise IndexError("an odd cell")
 
-    monkeypatch.setattr(Matcher, "same", odd)
-    search = Search(Buckets.load(buckets, 0, 3), Cursor([0] * 4, lambda: None, tmp_path / "keep"))
-    assert search.same_as(2, STANDARD, item=2) == ([NONE, NONE], [True, False])
+    monkeypatch.setattr("hpcgen.crystal.superpose.same", odd)
+    found_, failed = Search(Buckets.load(buckets, 0, 3), [STANDARD]).same_as(np.array([2]), lambda: None)
+    assert found_.tolist() == [[[NONE], [NONE]]] and failed.tolist() == [[[True], [False]]]
 
 
 # ---- similarity ----------------------------------------------------------------------------------------------

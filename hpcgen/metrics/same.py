@@ -7,15 +7,18 @@ of each group alone and finds a few more.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
+from hpcgen.crystal.mappings import pieces
 from hpcgen.crystal.match import Matcher
-from hpcgen.crystal.outline import Outline, minima, outline, short_enough, sides
+from hpcgen.crystal.outline import minima, outlines, short_enough
+from hpcgen.crystal.superpose import compared
 from hpcgen.metrics.cells import Buckets, CellBlock, Sets, save_buckets, save_formulas, shares
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import Lease
@@ -30,6 +33,8 @@ MATCHERS = {"standard": STANDARD, "strict": STRICT}
 NONE = -1
 _BLOCKS = 512
 _PIECE = (64, 2048)  # crystals reduced as one block
+_TOGETHER, _LEAST = 2_000_000, 4_000  # candidates of the crystals compared at a time, and of one to be counted
+_ROUND = 4_000  # pairs compared before the cursor is asked again
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,10 @@ def find_same(sets: Sets, folder: Path, *, lease: Lease, stop: StopFlag, how: Ho
 
     formulas, buckets, found = (folder / name for name in ("formulas.npz", "buckets.h5", "same.npz"))
     once(formulas, lambda draft: save_formulas(draft, sets), lease=lease, stop=stop)
-    pieces = sets.pieces(min(max((sets.count + sets.known) // _BLOCKS, _PIECE[0]), _PIECE[1]))
+    spans = sets.pieces(min(max((sets.count + sets.known) // _BLOCKS, _PIECE[0]), _PIECE[1]))
     cells = [Block(number, folder / f"cells-{number:05d}.h5", end - start)
-             for number, (start, end) in enumerate(pieces)]  # fmt: skip
-    reduced = all_of("reducing cells", cells, CellBlock(sets, formulas, tuple(pieces)))
+             for number, (start, end) in enumerate(spans)]  # fmt: skip
+    reduced = all_of("reducing cells", cells, CellBlock(sets, formulas, tuple(spans)))
     once(buckets, lambda draft: save_buckets(draft, sets, formulas, reduced), lease=lease, stop=stop)
     bounds = shares(buckets, _BLOCKS)
     blocks = [Block(number, folder / f"same-{number:05d}.npz", end - start)
@@ -85,13 +90,25 @@ class SameBlock:
     def __call__(self, block: Block, draft: Path, cursor: Cursor) -> dict[str, int | float]:
         start, end = self.bounds[block.index : block.index + 2]
         some = Buckets.load(self.buckets, start, end)
-        search = Search(some, cursor)
-        items = [at for at in range(start - some.first, end - some.first) if some.place[at] < self.count]
+        search = Search(some, self.matchers)
+        own = np.arange(start, end) - some.first
+        items = own[some.place[own] < self.count]
         found = np.full((len(items), 2, len(self.matchers)), NONE, dtype=np.int64)
         failed = np.zeros(found.shape, dtype=bool)
-        for row, at in enumerate(items):
-            for t, matcher in enumerate(self.matchers):
-                found[row, :, t], failed[row, :, t] = search.same_as(at, matcher, item=at + some.first - start)
+        before = items + some.first - some.bucket[items]
+        for piece in pieces(np.maximum(before, _LEAST), _TOGETHER):
+            rows = np.arange(piece.start, piece.stop)
+            together = -1 - piece.start  # an item of its own: where it fails, its crystals are tried one by one
+            cursor.at(together)
+            if together not in cursor.culprits:
+                found[rows], failed[rows] = search.same_as(items[rows], partial(cursor.at, together))
+                continue
+            for row in rows.tolist():
+                cursor.at(row)
+                if row in cursor.culprits:
+                    failed[row] = True
+                else:
+                    found[row], failed[row] = search.same_as(items[[row]], partial(cursor.at, row))
         cursor.rest()
         with draft.open("wb") as file:
             np.savez(file, place=some.place[items], found=found, failed=failed)
@@ -99,60 +116,57 @@ class SameBlock:
 
 
 class Search:
-    """Looks in the bucket of a crystal for what matches it, those of the nearest volume per atom first.
+    """Looks in the buckets of crystals for what matches them, those of the nearest volume per atom first.
 
-    It ends at the first match, so copies cost little however many there are. A bucket of crystals that all differ costs
-    a look at every pair of cells; where the cells are alike too, as in many predictions for one formula, a comparison.
+    For one crystal it ends at the first match, so copies cost little however many there are. A bucket of crystals that
+    all differ costs a look at every pair of cells; where the cells are alike too, as in many predictions for one
+    formula, a comparison.
     """
 
-    def __init__(self, some: Buckets, cursor: Cursor) -> None:
-        self.some, self.cursor = some, cursor
-        lattices = some.crystals.lattice.numpy()
-        self.minima, self.sides = minima(lattices), sides(lattices)
+    def __init__(self, some: Buckets, matchers: Sequence[Matcher]) -> None:
+        self.some, self.matchers = some, matchers
+        self.cells = outlines(some.crystals)
+        self.minima = minima(self.cells.lattice)
         self.volume = np.log((some.crystals.volume / some.crystals.num_atoms).numpy())
-        self._cells: dict[int, Outline] = {}
         self.pairs = 0
 
-    def same_as(self, at: int, matcher: Matcher, item: int) -> tuple[list[int], list[bool]]:
-        """Numbers of an earlier crystal and of one of the reference that match the one at `at`; which of both failed.
+    def same_as(self, items: np.ndarray, step: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of earlier crystals and of ones of the reference that match those at `items` (K,); which failed.
 
-        item: what the cursor knows it by.
+        -> (K, 2, T), NONE where there is none; (K, 2, T) bool. step: called before each round of comparisons.
         """
+        asked = np.repeat(items, 2)  # of each the run, then the reference
+        ways = [way for at in items.tolist() for way in self._candidates(at)]
+        found = np.full((len(asked), len(self.matchers)), NONE, dtype=np.int64)
+        failed = np.zeros(found.shape, dtype=bool)
+        begin, size = np.zeros(len(asked), dtype=np.int64), np.array([len(way) for way in ways])
+        most = 1
+        while len(rows := np.flatnonzero((begin < size) & (found == NONE).any(1))):
+            step()
+            some = np.minimum(size - begin, min(most, max(1, _ROUND // len(rows))))[rows]
+            owner = np.repeat(rows, some)
+            others = np.concatenate([ways[k][begin[k] : begin[k] + n] for k, n in zip(rows, some, strict=True)])
+            matched, faulty = compared(self.cells, others, asked[owner], self.matchers)
+            failed[owner[faulty]] = True
+            for t in range(len(self.matchers)):
+                hits = np.flatnonzero(matched[:, t])[::-1]  # of several the first remains
+                hits = hits[found[owner[hits], t] == NONE]
+                found[owner[hits], t] = self.some.place[others[hits]]
+            self.pairs += len(owner)
+            begin[rows] += some
+            most *= 2
+        failed &= found == NONE
+        return found.reshape(-1, 2, len(self.matchers)), failed.reshape(-1, 2, len(self.matchers))
+
+    def _candidates(self, at: int) -> list[np.ndarray]:
+        """Of the run and of the reference, in the order in which they are compared."""
         bucket, begin = (int(bounds[at]) - self.some.first for bounds in (self.some.bucket, self.some.begin))
-        found = [self._first(at, matcher, span, item) for span in (range(begin, at), range(bucket, begin))]
-        return [match for match, _ in found], [failed for _, failed in found]
-
-    def _first(self, at: int, matcher: Matcher, span: range, item: int) -> tuple[int, bool]:
-        """Number of the first in `span` that matches; else NONE, and whether a comparison failed."""
-        failed = False
-        for other in self._candidates(at, matcher.ltol, span):
-            self.cursor.at(item)
-            if item in self.cursor.culprits:
-                return NONE, True
-            self.pairs += 1
-            try:
-                if matcher.same(self._cell(other), self._cell(at)):
-                    return int(self.some.place[other]), False
-            except (ValueError, ArithmeticError, LookupError, RuntimeError):  # pymatgen's own
-                failed = True
-        return NONE, failed
-
-    def _cell(self, at: int) -> Outline:
-        if at not in self._cells:
-            crystals = self.some.crystals
-            atoms = slice(*crystals.ptr[at : at + 2].tolist())
-            self._cells[at] = outline(
-                crystals.lattice[at].numpy(),
-                crystals.frac_coords[atoms].numpy(),
-                crystals.atomic_numbers[atoms].numpy(),
-            )
-        return self._cells[at]
-
-    def _candidates(self, at: int, ltol: float, span: range) -> list[int]:
-        short = short_enough(self.minima[span.start : span.stop], self.sides[at], ltol)
-        places = span.start + np.flatnonzero(short)
-        order = np.argsort(np.abs(self.volume[places] - self.volume[at]), kind="stable")
-        return places[order].tolist()
+        ltol, ways = max(matcher.ltol for matcher in self.matchers), []
+        for start, end in ((begin, at), (bucket, begin)):
+            short = short_enough(self.minima[start:end], self.cells.lengths[at], ltol)
+            places = start + np.flatnonzero(short)
+            ways.append(places[np.argsort(np.abs(self.volume[places] - self.volume[at]), kind="stable")])
+        return ways
 
 
 def _save_same(draft: Path, sets: Sets, formulas: Path, reduced: Sequence[Path], parts: Sequence[Path]) -> None:

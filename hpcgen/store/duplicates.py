@@ -17,6 +17,7 @@ import numpy as np
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.match import Matcher, reduced_cell
 from hpcgen.crystal.outline import outlines
+from hpcgen.crystal.superpose import compared
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.guard import Cursor
 from hpcgen.store.arrays import take
@@ -27,6 +28,7 @@ from hpcgen.store.settings import BuildSettings
 from hpcgen.store.staging import KEYS, Refusal, make_column, no_crystals, read_keys_of, read_staged, write_staged
 
 NOT_COMPARED = "not-compared"
+_TOGETHER = 1024  # pairs compared at a time
 PLACE = {"place": ColumnSpec("int")}  # in the staging file, of a reduced crystal
 
 
@@ -179,18 +181,24 @@ class MatchBlock:
         names, members = np.unique(pairs.reshape(-1, 2), axis=0, return_inverse=True)
         matcher = Matcher(self.settings.ltol, self.settings.stol, self.settings.angle_tol)
         cells = outlines(_crystals(self.reduced, names))
-        matched, failed = [], []
-        for at, (one, other) in enumerate(members.reshape(-1, 2).tolist()):
-            cursor.at(at)
-            try:
+        one, other = members.reshape(-1, 2).T
+        found, faulty = np.zeros((len(pairs), 1), dtype=bool), np.zeros(len(pairs), dtype=bool)
+        for first in range(0, len(pairs), _TOGETHER):
+            some = np.arange(first, min(first + _TOGETHER, len(pairs)))
+            together = -1 - first  # an item of its own: where it fails, its pairs are tried one by one
+            cursor.at(together)
+            if together not in cursor.culprits:
+                found[some], faulty[some] = compared(cells, one[some], other[some], [matcher])
+                continue
+            for at in some.tolist():
+                cursor.at(at)
                 if at in cursor.culprits:
-                    raise ValueError(cursor.culprits[at])
-                if matcher.same(cells[one], cells[other]):
-                    matched.append(start + at)
-            except (ValueError, ArithmeticError, LookupError, RuntimeError):  # pymatgen's own
-                failed.append(start + at)
+                    faulty[at] = True
+                else:
+                    found[at], faulty[at] = compared(cells, one[[at]], other[[at]], [matcher])
+        matched, failed = start + np.flatnonzero(found), start + np.flatnonzero(faulty)
         with draft.open("wb") as file:
-            np.savez(file, matched=np.array(matched, dtype=np.int64), failed=np.array(failed, dtype=np.int64))
+            np.savez(file, matched=matched, failed=failed)
         return {"pairs": len(pairs), "matches": len(matched), "not_compared": len(failed)}
 
 
