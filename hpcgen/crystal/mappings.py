@@ -16,7 +16,7 @@ _TOGETHER = 500_000  # combinations looked at at a time
 
 @dataclass(frozen=True)
 class Mappings:
-    """Q mappings of P pairs, by pair."""
+    """Q mappings of P pairs."""
 
     pair: np.ndarray  # (Q,)
     matrix: np.ndarray  # (Q, 3, 3) int64; matrix @ first lattice is the basis found
@@ -60,6 +60,7 @@ def mappings(
     point = first[which][pair] + rank
     ratio = far[point][:, None] / lengths[pair]
     inside = (ratio < wide) & (ratio * wide > 1)  # (..., 3)
+    inside[:, 0] &= _is_first(points)[point]  # -v_k are like c_k where the v_k are
     sides = [np.flatnonzero(inside[:, k]) for k in range(3)]
     owners, sides = [pair[side] for side in sides], [point[side] for side in sides]
     low = np.cos(np.deg2rad(np.minimum(angles + angle_tol + SLACK, 180.0))) - 1e-12
@@ -85,7 +86,15 @@ def mappings(
             rows, c = rows[basis], c[basis]
             parts.append((owner[rows], matrix[basis], np.stack([a[rows], b[rows], c], axis=1)))
     owner, matrix, chosen = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Mappings(owner, matrix, far[chosen], angles_of(cart[chosen]))
+    half = owner, far[chosen], angles_of(cart[chosen])
+    owner, far, angles = (np.concatenate([each, each]) for each in half)
+    return Mappings(owner, np.concatenate([matrix, -matrix]), far, angles)
+
+
+def _is_first(points: np.ndarray) -> np.ndarray:
+    """Of each point (P, 3) and its opposite one is: that whose first number that is not 0 is positive. (P,) bool."""
+    a, b, c = points.T
+    return (a > 0) | (a == 0) & ((b > 0) | (b == 0) & (c > 0))
 
 
 def lattice_points(lattices: np.ndarray, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

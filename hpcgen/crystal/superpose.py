@@ -18,7 +18,6 @@ h / 2 long, h <= λ being the least height of that cell. So steps up to 0.35 h a
 For what is not so clear the boxes are made and the assignment problem is solved, element by element.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,13 +26,11 @@ import numpy as np
 from hpcgen.crystal.mappings import SLACK, Mappings, mappings, pieces
 from hpcgen.crystal.match import Matcher
 from hpcgen.crystal.outline import Outlines
+from hpcgen.crystal.pairing import lll_reduced, paired, shorten
 
 _PAIRS = 4096  # of cells compared at a time
 _SITES = 300_000  # pairs of sites looked at at a time
 _SHORT = 0.35  # of the least height of a cell
-_FAR = 1e10  # a squared distance that stands for a pair that may not be made
-_TIE = 1e-9
-_IMAGES = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=3)))
 
 
 def same(cells: Outlines, one: np.ndarray, other: np.ndarray, tolerances: Sequence[Matcher]) -> np.ndarray:
@@ -124,10 +121,11 @@ class _Superposed:
 
     def _meetings(self, most: np.ndarray) -> _Rows:
         """Superpositions for which (2) holds with stol up to `most` (Q,)."""
-        begins = np.array([span.start for span in self.spans for _ in range(span.stop - span.start)])[self.rare]
-        anchors = begins[:, None] + np.arange(self.sizes[0])  # as many of the rarest element, whichever it is
-        every = np.arange(len(self.first))
-        shift = (self.first[every[:, None], anchors] - self.second[every, self.rare][:, None]).reshape(-1, 3)
+        starts = np.repeat([span.start for span in self.spans], self.sizes)[self.rare]
+        anchors = starts[:, None] + np.arange(self.sizes[0])  # as many of the rarest element, whichever it is
+        every = np.flatnonzero(most > 0)
+        rare = self.second[every, self.rare[every]]
+        shift = (self.first[every[:, None], anchors[every]] - rare[:, None]).reshape(-1, 3)
         map, stol = np.repeat(every, self.sizes[0]), np.zeros(len(shift))
         most, reach = most * (1 + SLACK), 2 * self.unit[:, None] * self.reciprocal
         for span in self.spans:
@@ -195,61 +193,12 @@ class _Superposed:
             step -= np.round(step)
             barred = (np.abs(step) > near[alive, None, None]).any(3)
             step = step @ cells[alive, None]
-            _shorten(step, ~barred, cells[alive], short[alive])
+            shorten(step, ~barred, cells[alive], short[alive])
             chosen = paired(np.where(barred, np.inf, (step**2).sum(3)))  # (R, n)
             good[alive] = chosen[:, 0] >= 0
             taken[alive, span] = np.take_along_axis(step, np.maximum(chosen, 0)[:, :, None, None], axis=2)[:, :, 0]
         farthest = np.linalg.norm(taken - taken.mean(1, keepdims=True), axis=2).max(1)
         return np.where(good, farthest / unit, np.inf)
-
-
-def _shorten(step: np.ndarray, wanted: np.ndarray, cells: np.ndarray, short: np.ndarray) -> None:
-    """Put the shortest of 27 images in place of those steps (R, n, n, 3), of `wanted`, that are not sure to be it.
-
-    cells (R, 3, 3); short (R,): what is no longer is the shortest.
-    """
-    row, one, other = np.nonzero(wanted & ((step**2).sum(3) > short[:, None, None] ** 2))
-    images = step[row, one, other][:, None] + (_IMAGES @ cells)[row]  # (E, 27, 3)
-    best = (images**2).sum(2).argmin(1)
-    step[row, one, other] = np.take_along_axis(images, best[:, None, None], axis=1)[:, 0]
-
-
-def paired(squares: np.ndarray) -> np.ndarray:
-    """The pairing of least sum, inf for what may not be paired. (R, n, n) -> (R, n), -1 where there is none."""
-    from scipy.optimize import linear_sum_assignment
-
-    chosen = squares.argmin(2)
-    none = np.isinf(squares.min(2)).any(1) | np.isinf(squares.min(1)).any(1)
-    plain = (np.sort(chosen, axis=1) == np.arange(chosen.shape[1])).all(1)  # the nearest of each is another one
-    for row in np.flatnonzero(~plain & ~none).tolist():
-        costs = np.minimum(squares[row], _FAR)
-        chosen[row] = linear_sum_assignment(costs)[1]
-        none[row] = np.isinf(squares[row, np.arange(len(costs)), chosen[row]]).any()
-    chosen[none] = -1
-    return chosen
-
-
-def lll_reduced(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """LLL-reduced cells, and what takes fractional coordinates to them. (Q, 3, 3) -> (Q, 3, 3), (Q, 3, 3).
-
-    Most mean cells of reduced ones are; a tie counts as reduced.
-    """
-    from pymatgen.core import Lattice
-
-    a, b, c = cells.transpose(1, 0, 2)
-    aa = (a * a).sum(1)
-    of_b, of_c = (a * b).sum(1) / aa, (a * c).sum(1) / aa
-    rest = b - of_b[:, None] * a
-    bb = (rest * rest).sum(1)
-    of_rest = (rest * c).sum(1) / bb
-    last = c - of_c[:, None] * a - of_rest[:, None] * rest
-    half = np.stack([of_b, of_c, of_rest]) ** 2 <= 0.25 + _TIE
-    ordered = (bb >= (0.75 - _TIE - of_b**2) * aa) & ((last * last).sum(1) >= (0.75 - _TIE - of_rest**2) * bb)
-    reduced, turn = cells.copy(), np.tile(np.eye(3), (len(cells), 1, 1))
-    for k in np.flatnonzero(~(half.all(0) & ordered)).tolist():
-        reduced[k] = Lattice(cells[k]).get_lll_reduced_lattice().matrix
-        turn[k] = cells[k] @ np.linalg.inv(reduced[k])
-    return reduced, turn
 
 
 def _inverse(matrix: np.ndarray) -> np.ndarray:
