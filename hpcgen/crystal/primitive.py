@@ -1,11 +1,12 @@
 """Whether a crystal may have a smaller cell in the sense of pymatgen's `get_primitive_structure`: a quick no.
 
-That search, within 0.25 Å along each cell vector, takes some 50 ms, and most crystals have no smaller cell. For each
-divisor d > 1 of all the numbers of atoms of its elements it tries every lattice that is d times finer. A row r of the
-inverse of such a lattice's matrix is a whole multiple of 1/d, not all rows are whole, and each must lie within
-t = 0.25 Å / |a_k| in every coordinate k of a step v from the first atom of the rarest element to another one, where v
-takes every atom to within 2 t of one of its element. So where no step v (1) lies so near to an r that is not whole and
-(2) maps all atoms, there is no smaller cell. Both are asked a little more loosely than rounding errors are large.
+That search, within 0.25 Å along each cell vector, takes twice as long as the rest of reducing a crystal, and most have
+no smaller cell. For each divisor d > 1 of all the numbers of atoms of its elements it tries every lattice that is d
+times finer. A row r of the inverse of such a lattice's matrix is a whole multiple of 1/d, not all rows are whole, and
+each must lie within t = 0.25 Å / |a_k| in every coordinate k of a step v from the first atom of the rarest element to
+another one, where v takes every atom to within 2 t of one of its element. So where no step v (1) lies so near to an r
+that is not whole and (2) maps all atoms, there is no smaller cell. Both are asked a little more loosely than rounding
+errors are large.
 """
 
 import math

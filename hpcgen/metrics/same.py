@@ -32,7 +32,7 @@ STRICT = Matcher(ltol=0.1, stol=0.15, angle_tol=2.5)  # half of each
 MATCHERS = {"standard": STANDARD, "strict": STRICT}
 NONE = -1
 _BLOCKS = 512
-_PIECE = (64, 2048)  # crystals reduced as one block
+_PIECE = (512, 2048)  # crystals reduced as one block
 _TOGETHER, _LEAST = 2_000_000, 4_000  # candidates of the crystals compared at a time, and of one to be counted
 _ROUND = 4_000  # pairs compared before the cursor is asked again
 
