@@ -25,7 +25,7 @@ from hpcgen.store.staging import make_column, read_keys_of, read_staged, write_s
 
 _COLUMNS = {**PLACE, "bucket": ColumnSpec("int"), "begin": ColumnSpec("int")}
 _COST = 0.02  # of looking at one candidate, in units of what a crystal costs by itself
-_LEAST = 300.0  # of these units in a block
+_LEAST = 500.0  # of these units in a block
 
 
 @dataclass(frozen=True)
