@@ -137,13 +137,13 @@ def test_cost_grows_with_the_number(tmp_path: Path) -> None:
 def test_many_of_one_formula(tmp_path: Path, size: float) -> None:
     """One crystal shaken, as predictions for one formula: every pair of cells maps, the dearest case.
 
-    By 0.1 Å all are the same: the first comparison ends the search, and the cost grows with the number. By 0.4 Å few
-    are, so most pairs must be told apart: it grows with their number, at a fraction of what a plain comparison takes.
+    By 0.1 Å all are the same: the first comparison ends the search, and the cost grows with the number. By 0.4 Å,
+    and at the strict tolerances, few are: most pairs must be told apart, at a fraction of what plain comparisons take.
     """
     from pymatgen.analysis.structure_matcher import StructureMatcher
 
     known = real().rows([0]).crystals
-    counts, costs = (100, 400), []
+    counts, costs = (60, 240), []
     for count in counts:
         run = many_shaken(known[torch.zeros(count, dtype=torch.int64)], torch.full((count,), size), seed=1)
         sets, began = Sets(store(tmp_path / f"run{count}", run), count), time.process_time()
@@ -151,7 +151,7 @@ def test_many_of_one_formula(tmp_path: Path, size: float) -> None:
         costs.append(time.process_time() - began)
         unique = (same.earlier == NONE).sum(0).tolist()
         print(f"\n{count:,} of one formula, {size} Å: {costs[-1]:.1f} s of one core, {unique} unique")
-        assert (unique[0] == 1) if size < 0.2 else (unique[1] > count / 2)
+        assert (unique == [1, 1]) if size < 0.2 else (unique[1] > 20)
     power = 1.3 if size < 0.2 else 2.2
     assert costs[1] / costs[0] < (counts[1] / counts[0]) ** power
     plain, structures = StructureMatcher(), to_pymatgen(Crystals.cat([reduced_cell(run[k]) for k in range(8)]))
