@@ -112,6 +112,20 @@ def test_speed_against_atoms_per_crystal(tmp_path: Path) -> None:
               flush=True)  # fmt: skip
 
 
+def test_work_of_the_full_size_recipe(tmp_path: Path) -> None:
+    """Parameters, bytes that a step sums over the ranks, and operations for each crystal."""
+    num_atoms = torch.randint(2, 21, (32,), generator=torch.Generator().manual_seed(1))
+    path = store(tmp_path / "mixed", num_atoms)
+    config = load(TrainConfig, ROOT / "configs/autoperi_mp20.yaml",
+                  [f"store={path}", f"out={tmp_path / 'unused'}", "conditions=[]", "validate_every=0"])  # fmt: skip
+    model = model_named(config.model).fitted(config.settings, Store(path, "train"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with FlopCounterMode(display=False) as counter:
+        model(Batch.of(Store(path, "train").rows(range(32)), torch.arange(32), 0), Draw(0))["loss"].backward()
+    print(f"\n{parameters / 1e6:.1f} million parameters, {4 * parameters / 1e6:.0f} MB of gradients, "
+          f"{counter.get_total_flops() / 32 / 1e9:.2f} GFLOP for a crystal of 2 to 20 atoms")  # fmt: skip
+
+
 def whole_training(path: Path, out: Path, ranks: int, *words: str) -> float:
     """Crystals/s of the second half of a training."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "hpcgen.cli"]
