@@ -3,6 +3,8 @@
 import math
 import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -405,6 +407,13 @@ def test_normals_are_left_out_of_compiled_regions():
     place = (CHURN, torch.arange(500), 3, 4, 3)
     compiled = torch.compile(lambda draw: draw.normal(*place) * 2)
     assert torch.equal(compiled(Draw(7)), Draw(7).normal(*place) * 2)
+
+
+def test_the_compiler_is_not_imported_to_draw():
+    """It would take as long as all of torch: at the start of every process of a campaign."""
+    draw = "from hpcgen.diffusion.draw import Draw, Purpose; Draw(0).normal(Purpose.SITE, torch.arange(2), 0, 1, 3)"
+    code = f"import sys, torch, hpcgen.models.autoperi; {draw}; print('torch._dynamo.convert_frame' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=CUDA)])

@@ -7,6 +7,7 @@ and word w of the four that come out is that of channel 4 * (channel // 4) + w. 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -140,7 +141,8 @@ class Draw:
         last bits of float64, and almost never in float32.
         """
         blocks = self._blocks(purpose, index, step, sites, channels)
-        return _channels(_box_muller(*blocks, dtype=dtype), channels)
+        box_muller = _left_out() if torch.compiler.is_compiling() else _box_muller
+        return _channels(box_muller(*blocks, dtype=dtype), channels)
 
     def integers(
         self,
@@ -230,7 +232,11 @@ def _channels(blocks: list[Tensor] | tuple[Tensor, ...], channels: int) -> Tenso
     return torch.stack(tuple(blocks), dim=-1).flatten(-2)[..., :channels].contiguous()
 
 
-@torch.compiler.disable
+def _left_out() -> Callable[..., list[Tensor]]:
+    """Box-Muller for compiled regions, which leave it out. To say so imports the compiler, which takes a second."""
+    return torch.compiler.disable(_box_muller)
+
+
 def _box_muller(*words: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Pairs of words into pairs of standard normals. A word means (word + 1/2) / 2^32: log 0 is not met."""
     normals = []
