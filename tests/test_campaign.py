@@ -187,7 +187,7 @@ def test_kills_at_random_moments_cost_nothing(checkpoint: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("ranks", "kills"),
     [
-        pytest.param(3, 2, marks=pytest.mark.slow),
+        pytest.param(3, 1, marks=pytest.mark.slow),
         pytest.param(0, 20, marks=pytest.mark.bench),
         pytest.param(3, 20, marks=pytest.mark.bench),
     ],
