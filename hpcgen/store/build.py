@@ -34,7 +34,7 @@ from hpcgen.store.source import Source
 from hpcgen.store.staging import KEYS, Refusal, read_keys_of, read_refusals, write_rejects
 
 _LOG = logging.getLogger(__name__)
-PASSES = 1  # grows when staging files change: work begun by another version is not continued
+PASSES = 2  # grows when staging files change: work begun by another version is not continued
 WORK = "work"  # folder inside the store, gone when it is complete
 
 

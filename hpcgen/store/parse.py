@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hpcgen.crystal.cells import Cells
 from hpcgen.crystal.check import faults
+from hpcgen.crystal.clear import Symmetric, clear_symmetry
 from hpcgen.crystal.composition import formula_key
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import in_niggli_cell
@@ -34,7 +38,8 @@ class _Row:
     raw: Raw
     culprit: str | None
     parsed: list[Parsed] = field(default_factory=list)
-    found: list[Any] = field(default_factory=list)  # of the symmetry search
+    is_clear: list[bool] = field(default_factory=list)  # whether the symmetry of each crystal is
+    found: list[Any] = field(default_factory=list)  # of the search for that of the others
     refused: Refused | None = None
 
     def refuse(self, refused: Refused | None) -> None:
@@ -88,9 +93,13 @@ class ParseBlock:
             some = [row for row in some if _went_well(step, row, cursor)]
         cursor.rest()
         some = self._check(some)
-        some = [row for row in some if _went_well(self._search, row, cursor)]
+        if not self.settings.purify:
+            return self._reduce(some)
+        clear = self._clear(some)
+        for row in some:
+            _went_well(self._search, row, cursor)
         cursor.rest()
-        return self._reduce(some)
+        return self._purify(some, clear)
 
     def _fits(self, row: _Row) -> None:
         """Refuse what no column of a store can hold."""
@@ -114,18 +123,26 @@ class ParseBlock:
             row.refuse(fault)
         return [row for row in some if row.refused is None]
 
-    def _search(self, row: _Row) -> None:
-        if self.settings.purify:
-            row.found = [search(parsed.crystal, self.settings.symprec) for parsed in row.parsed]
+    def _clear(self, some: list[_Row]) -> Symmetric:
+        """Those of the crystals whose symmetry is clear; their rows note it."""
+        cells = Cells.of(_batch(some))
+        clear = clear_symmetry(cells if self.settings.niggli else cells[np.arange(0)], self.settings.symprec)
+        places = set(clear.places.tolist())
+        for at, row in enumerate(_owners(some)):
+            row.is_clear.append(at in places)
+        return clear
 
-    def _reduce(self, some: list[_Row]) -> _Reduced:
+    def _search(self, row: _Row) -> None:
+        for parsed, is_clear in zip(row.parsed, row.is_clear, strict=True):
+            row.found.append(None if is_clear else search(parsed.crystal, self.settings.symprec))
+
+    def _purify(self, some: list[_Row], clear: Symmetric) -> _Reduced:
         settings, owners = self.settings, _owners(some)
-        if not settings.purify:
-            left, crystals = _in_niggli_cells(some) if settings.niggli else (some, _batch(some))
-            return _Reduced(left, crystals, [None] * len(crystals))
+        nothing = [None] * max((len(row.parsed) for row in some), default=0)
         pure = purify(
             _batch(some),
-            [found for row in some for found in row.found],
+            clear,
+            [found for row in some for found in (row.found if row.refused is None else nothing[: len(row.parsed)])],
             symprec=settings.symprec,
             niggli=settings.niggli,
             min_distance=settings.min_distance,
@@ -136,6 +153,10 @@ class ParseBlock:
         whole = [k for k, at in enumerate(pure.kept.tolist()) if owners[at].refused is None]
         crystals = pure.crystals if len(whole) == len(pure.kept) else pure.crystals[whole]
         return _Reduced([row for row in some if row.refused is None], crystals, pure.space_group[whole].tolist())
+
+    def _reduce(self, some: list[_Row]) -> _Reduced:
+        left, crystals = _in_niggli_cells(some) if self.settings.niggli else (some, _batch(some))
+        return _Reduced(left, crystals, [None] * len(crystals))
 
     def _rows(self, parts: list[_Reduced], columns: Mapping[str, ColumnSpec]) -> Rows:
         values = [

@@ -1,0 +1,304 @@
+"""The symmetry of crystals where it is clear, many crystals at a time.
+
+Clear means: every motion that could be a symmetry fits well within the tolerance or fails far beyond it, so that any
+way to apply the tolerance finds the same group. For these the group's translations are made exact, sites and metric
+are averaged over it, and the space group is looked up by the operations. All others are left to moyo, which takes
+several times as long.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+
+import moyopy
+import numpy as np
+
+from hpcgen.crystal.cells import Cells, ranges, times
+
+WELL = 0.3  # share of symprec within which a motion fits well,
+FAR = 10.0  # and beyond which it fails; by the sum of the steps along the cell's vectors, never less than the distance
+MOST_ATOMS = 100  # of a crystal: all pairs of its atoms are compared
+ROUNDING = 1e-5  # of a sum of products of cosines in float32, several times over
+EXACT = 0.15  # a translation times the group's order is a whole number within this, or not clear
+
+# The motions of a Niggli cell take its vectors to ones of entries -1, 0 and 1. Those 13 up to sign, the threes of them
+# that are as large as the cell, and the four ways to give such three signs that turn without a mirror.
+_VECTORS = np.array([v for v in product((-1, 0, 1), repeat=3) if v > (0, 0, 0)])
+_TRIPLES = np.array(list(product(range(13), repeat=3)))
+_TRIPLES = _TRIPLES[np.abs(np.rint(np.linalg.det(_VECTORS[_TRIPLES]))) == 1]
+_SIGNED = [signs * _VECTORS[_TRIPLES] for signs in np.array(list(product((1, -1), repeat=3)))[:, None, :, None]]
+_ROTATIONS = np.stack(_SIGNED, 1).mT.astype(float)  # (T, 8, 3, 3)
+_ROTATIONS = _ROTATIONS[np.linalg.det(_ROTATIONS) > 0].reshape(len(_TRIPLES), 4, 3, 3)
+_ROTATIONS = _ROTATIONS.reshape(-1, 3, 3)  # those of _TRIPLES[t] are 4 t to 4 t + 3
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """Some crystals of a batch with their symmetry made exact."""
+
+    places: np.ndarray  # (K,) among the given
+    cells: Cells  # K, with the standard origin
+    space_group: np.ndarray  # (K,) international numbers
+    shift: np.ndarray  # (K,) Å, farthest that a site moved
+    strain: np.ndarray  # (K,) largest strain of the lattice
+
+    def then(self, others: "Symmetric") -> "Symmetric":
+        """These and the others, in the order of their places."""
+        order = np.argsort(np.concatenate([self.places, others.places]))
+        pairs = [(getattr(self, name), getattr(others, name)) for name in ("places", "space_group", "shift", "strain")]
+        places, space_group, shift, strain = (np.concatenate(pair)[order] for pair in pairs)
+        return Symmetric(places, self.cells.then(others.cells)[order], space_group, shift, strain)
+
+
+@dataclass(frozen=True)
+class _Motions:
+    """Motions of crystals, M in all, sorted by crystal: frac' = sign · rotation @ frac + shift."""
+
+    crystal: np.ndarray  # (M,)
+    which: np.ndarray  # (M,) of _ROTATIONS
+    sign: np.ndarray  # (M,) 1.0 or -1.0
+    shift: np.ndarray  # (M, 3)
+
+    def __getitem__(self, some: np.ndarray) -> "_Motions":
+        return _Motions(self.crystal[some], self.which[some], self.sign[some], self.shift[some])
+
+    @property
+    def rotation(self) -> np.ndarray:
+        """(M, 3, 3) with its sign."""
+        return _ROTATIONS[self.which] * self.sign[:, None, None]
+
+
+def clear_symmetry(given: Cells, symprec: float) -> Symmetric:
+    """Those of B crystals whose symmetry within symprec Å is clear, symmetrised, in primitive cells.
+
+    a along x, b in the xy plane; atoms sorted by element.
+    """
+    with np.errstate(all="ignore"):  # what is not finite is not clear
+        return _clear_symmetry(given, symprec)
+
+
+def _clear_symmetry(given: Cells, symprec: float) -> Symmetric:
+    cells, unclear = _right_handed(given)
+    clear = (cells.counts <= MOST_ATOMS) & np.isfinite(cells.lattice).all((1, 2))
+    clear[list(unclear)] = False
+    tried = _candidates(cells, _of_the_lattices(cells, symprec, clear), symprec)
+    fits = _fitted(cells, tried, symprec, clear)
+    return _made_exact(cells, fits, clear)
+
+
+def _without(crystal: np.ndarray, bad: np.ndarray, count: int) -> np.ndarray:
+    """(count,) False where one of a crystal's is bad."""
+    return np.bincount(crystal[bad], minlength=count) == 0
+
+
+def _right_handed(given: Cells) -> tuple[Cells, dict[int, str]]:
+    """Sorted by element, in right-handed Niggli cells."""
+    cells, faulty = given.sorted_by_element().in_niggli_cells()
+    hand = np.where(np.linalg.det(cells.lattice) < 0, -1.0, 1.0)
+    lattice, frac = cells.lattice * hand[:, None, None], cells.frac * hand[cells.owner, None]
+    return Cells(lattice, frac, cells.numbers, cells.counts), faulty
+
+
+def _of_the_lattices(cells: Cells, symprec: float, clear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Crystal and rotation of each proper motion of the lattices; `clear` loses those with one that is not clear."""
+    metric = cells.lattice @ cells.lattice.mT
+    length = np.sqrt(np.diagonal(metric, axis1=1, axis2=2))  # (B, 3)
+    reach = np.sqrt(np.square(_VECTORS @ cells.lattice).sum(-1))  # (B, 13)
+    near = np.abs(reach[:, None] - length[:, :, None]) <= FAR * symprec  # (B, 3, 13)
+    fits = near[:, 0][:, _TRIPLES[:, 0]]
+    fits &= near[:, 1][:, _TRIPLES[:, 1]]
+    fits &= near[:, 2][:, _TRIPLES[:, 2]]
+    fits[~clear] = False
+    crystal, which = np.nonzero(fits)
+    crystal, which = np.repeat(crystal, 4), (4 * which[:, None] + np.arange(4)).ravel()
+    rotation, own = _ROTATIONS[which], length[crystal]
+    change = np.abs(rotation.mT @ metric[crystal] @ rotation - metric[crystal])
+    change /= np.sqrt(own[:, :, None] * own[:, None])  # Å: of a length twice over, or by which an angle moves its ends
+    misfit = change.max((1, 2))
+    clear &= _without(crystal, (misfit > WELL * symprec) & ~(misfit > FAR * symprec), len(clear))
+    good = (misfit <= WELL * symprec) & clear[crystal]
+    return crystal[good], which[good]
+
+
+def _candidates(cells: Cells, motions: tuple[np.ndarray, np.ndarray], symprec: float) -> _Motions:
+    """Motions of the lattice with the shifts that take the first atom of the rarest element to one of its kind, and
+    the first of the next element to near one of its own."""
+    crystal, which = motions
+    new = np.flatnonzero(np.diff(cells.owner * 256 + cells.numbers, prepend=-1))  # first atom of each kind
+    size = np.diff(new, append=len(cells.numbers))
+    owner = cells.owner[new]
+    rank = np.lexsort((size, owner))  # kinds by crystal and size
+    first = np.searchsorted(owner, np.arange(len(cells.counts)))  # of each crystal, among the kinds
+    last = np.append(first[1:], len(new)) - 1
+    rare, next_rare = rank[first], rank[np.minimum(first + 1, last)]
+    choices = 2 * size[rare[crystal]]
+    at = np.repeat(np.arange(len(crystal)), choices)
+    turn = ranges(np.zeros(len(crystal), dtype=np.int64), choices)
+    sign = 1.0 - 2.0 * (turn % 2)
+    crystal, which = crystal[at], which[at]
+    start = new[rare[crystal]]
+    rotation = _ROTATIONS[which] * sign[:, None, None]
+    shift = cells.frac[start + turn // 2] - _turned(rotation, cells.frac[start])
+    tried = _Motions(crystal, which, sign, shift)
+    kind = next_rare[crystal]
+    probe = np.where(size[kind] > 1, new[kind] + 1, new[kind])
+    moved = _turned(rotation, cells.frac[probe]) + shift
+    pairs = size[kind]
+    at = np.repeat(np.arange(len(crystal)), pairs)
+    apart = _steps(moved[at] - cells.frac[ranges(new[kind], pairs)], cells, crystal[at])
+    least = np.minimum.reduceat(apart, np.cumsum(pairs) - pairs) if len(apart) else apart
+    return tried[~(least > FAR * symprec)]
+
+
+def _turned(rotation: np.ndarray, frac: np.ndarray) -> np.ndarray:
+    return (rotation[:, :, 0] * frac[:, :1] + rotation[:, :, 1] * frac[:, 1:2]) + rotation[:, :, 2] * frac[:, 2:]
+
+
+def _steps(step: np.ndarray, cells: Cells, crystal: np.ndarray) -> np.ndarray:
+    """Sum of the steps along the cell's vectors, each to the nearest image, at least the distance. (M, 3) -> (M,) Å"""
+    length = np.sqrt(np.square(cells.lattice).sum(-1))
+    return (np.abs(step - np.rint(step)) * length[crystal]).sum(-1)
+
+
+@dataclass(frozen=True)
+class _Fits:
+    """The motions that fit, and how each atom fits under each, one motion after the other."""
+
+    group: _Motions  # each crystal's own, all of them
+    image: np.ndarray  # (R,) the atom it comes to, numbered in the batch
+    step: np.ndarray  # (R, 3) from where it comes to that atom
+
+
+def _fitted(cells: Cells, tried: _Motions, symprec: float, clear: np.ndarray) -> _Fits:
+    """The motions that fit well, their shifts the mean over the atoms; `clear` loses crystals with others that do not
+    fail by far, and those in which two of them turn alike: such a cell is not primitive."""
+    counts = cells.counts[tried.crystal]
+    at, atom = np.repeat(np.arange(len(counts)), counts), ranges(cells.starts[tried.crystal], counts)
+    moved = _turned(tried.rotation[at], cells.frac[atom]) + tried.shift[at]
+    image = _near(cells, tried.crystal, moved, symprec)
+    failed, several = np.zeros((2, len(counts)), dtype=bool)
+    failed[at[image == _NONE]] = True
+    several[at[image == _SEVERAL]] = True
+    clear &= _without(tried.crystal, several & ~failed, len(clear))
+    kept = ~failed & clear[tried.crystal]
+    rows = kept[at]
+    tried, counts, image, moved = tried[kept], counts[kept], image[rows], moved[rows]
+    at = np.repeat(np.arange(len(counts)), counts)
+    step = cells.frac[image] - moved
+    step -= np.rint(step)
+    starts = np.cumsum(counts) - counts
+    mean = np.add.reduceat(step, starts) / counts[:, None] if len(starts) else tried.shift
+    step -= mean[at]
+    apart = _steps(step, cells, tried.crystal[at])
+    misfit = np.maximum.reduceat(apart, starts) if len(starts) else apart
+    clear &= _without(tried.crystal, (misfit > WELL * symprec) & ~(misfit > FAR * symprec), len(clear))
+    turn = tried.crystal * (2 * len(_ROTATIONS)) + 2 * tried.which + (tried.sign > 0)
+    clear &= _without(tried.crystal[1:], (turn[1:] == turn[:-1]) & (misfit[1:] <= WELL * symprec), len(clear))
+    kept = (misfit <= WELL * symprec) & clear[tried.crystal]
+    rows = kept[at]
+    fitting = _Motions(tried.crystal, tried.which, tried.sign, tried.shift + mean)
+    return _Fits(fitting[kept], image[rows], step[rows])
+
+
+_NONE, _SEVERAL = -1, -2
+
+
+def _near(cells: Cells, crystal: np.ndarray, moved: np.ndarray, symprec: float) -> np.ndarray:
+    """The atom of its element near each moved atom, numbered in the batch; _NONE where all are FAR, _SEVERAL where it
+    may be one of several.
+
+    By the sum of the cosines of the angles between them, one for each axis, as a product of matrices: with u the sum
+    of the steps along vectors of at least the length a, it is at least 3 - 2 π² (u / a)².
+    """
+    own, there = _angles(cells.frac), _angles(moved)
+    shortest = np.sqrt(np.square(cells.lattice).sum(-1)).min(-1)
+    least = 3 - 2.1 * (np.pi * FAR * symprec / shortest) ** 2 - ROUNDING
+    image = np.full(len(moved), _NONE, dtype=np.int64)
+    motions = np.bincount(crystal, minlength=len(cells.counts)).tolist()
+    hits, rows, end = [], [], 0
+    for start, count, some, enough in zip(
+        cells.starts.tolist(), cells.counts.tolist(), motions, least.tolist(), strict=True
+    ):
+        if some:
+            stop, first, end = start + count, end, end + some * count
+            alike = (there[first:end] @ own[start:stop].T).reshape(some, count, count) > enough
+            alike &= cells.numbers[start:stop, None] == cells.numbers[start:stop]
+            row, one = np.divmod(np.flatnonzero(alike), count)
+            hits.append(one + start)
+            rows.append(row + first)
+    if hits:
+        row = np.concatenate(rows)
+        image[row] = np.concatenate(hits)
+        image[row[1:][row[1:] == row[:-1]]] = _SEVERAL
+    return image
+
+
+def _angles(frac: np.ndarray) -> np.ndarray:
+    """Cosines and sines, in the precision that processors compute several at a time in. (A, 3) -> (A, 6)"""
+    angle = (2 * np.pi * (frac - np.rint(frac))).astype(np.float32)
+    return np.concatenate([np.cos(angle), np.sin(angle)], -1)
+
+
+def _made_exact(cells: Cells, fits: _Fits, clear: np.ndarray) -> Symmetric:
+    """Sites and metrics averaged over groups whose shifts are made exact.
+
+    With S the sum of the shifts t of all n motions, S = W S + n t up to whole numbers for each motion W, so that from
+    the origin S/n all shifts are whole numbers over n.
+    """
+    group, count = fits.group, len(clear)
+    owner, rotation = group.crystal, group.rotation
+    order = np.bincount(owner, minlength=count)
+    total = np.stack([np.bincount(owner, group.shift[:, axis], minlength=count) for axis in range(3)], -1)
+    origin = total / np.maximum(order, 1)[:, None]
+    shift = (group.shift - origin[owner] + _turned(rotation, origin[owner])) * order[owner, None]
+    whole = np.rint(shift)
+    clear &= (order > 0) & _without(owner, ~(np.abs(shift - whole) < EXACT).all(-1), count)
+    number, own_origin = _identified(group, whole.astype(np.int64), rotation, order, clear)
+    clear &= number > 0
+
+    at = np.repeat(np.arange(len(owner)), cells.counts[owner])
+    step = ((whole - shift) / order[owner, None])[at] - fits.step
+    sums = np.stack([np.bincount(fits.image, step[:, axis], minlength=len(cells.frac)) for axis in range(3)], -1)
+    step = sums / np.maximum(order, 1)[cells.owner, None]
+    metric = cells.lattice @ cells.lattice.mT
+    turned = (rotation.mT @ metric[owner] @ rotation).reshape(-1, 9)
+    sums = np.stack([np.bincount(owner, turned[:, entry], minlength=count) for entry in range(9)], -1)
+    places = np.flatnonzero(clear)
+    lattice = np.linalg.cholesky((sums[places] / order[places, None]).reshape(-1, 3, 3))
+    moved = times(step, cells.lattice, cells.owner)
+    farthest = np.sqrt(np.maximum.reduceat((moved * moved).sum(1), cells.starts))[places]
+    deformation = np.linalg.inv(lattice) @ cells.lattice[places]
+    strain = np.abs(deformation @ deformation.mT - np.eye(3)).max((1, 2)) / 2
+    frac = cells.frac + step - (origin + own_origin)[cells.owner]
+    made = Cells(cells.lattice, frac, cells.numbers, cells.counts)[places]
+    return Symmetric(places, Cells(lattice, made.frac, made.numbers, made.counts), number[places], farthest, strain)
+
+
+_KNOWN: dict[bytes, tuple[int, np.ndarray]] = {}  # operations -> space group, its origin
+_MOST_KNOWN = 20000
+
+
+def _identified(
+    group: _Motions, whole: np.ndarray, rotation: np.ndarray, order: np.ndarray, clear: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Space groups (B,), 0 where there is none, and their standard origins (B, 3). whole: shifts, in units of 1/n."""
+    number, origin = np.zeros(len(order), dtype=np.int64), np.zeros((len(order), 3))
+    whole = whole % order[group.crystal, None]
+    told = np.concatenate([(2 * group.which + (group.sign > 0))[:, None], whole], 1)
+    ends = np.cumsum(order).tolist()
+    for at in np.flatnonzero(clear).tolist():
+        some = slice(ends[at] - int(order[at]), ends[at])
+        key = told[some].tobytes()
+        if key not in _KNOWN:
+            if len(_KNOWN) >= _MOST_KNOWN:
+                _KNOWN.clear()
+            _KNOWN[key] = _space_group(rotation[some], whole[some] / order[at])
+        number[at], origin[at] = _KNOWN[key]
+    return number, origin
+
+
+def _space_group(rotation: np.ndarray, shift: np.ndarray) -> tuple[int, np.ndarray]:
+    try:
+        found = moyopy.SpaceGroup(rotation.astype(int).tolist(), shift.tolist())
+    except ValueError:
+        return 0, np.zeros(3)
+    return found.number, np.array(found.origin_shift)
