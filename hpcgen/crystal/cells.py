@@ -96,3 +96,17 @@ def times(rows: np.ndarray, cells: np.ndarray, owner: np.ndarray) -> np.ndarray:
     """
     own = cells[owner]
     return (rows[:, :1] * own[:, 0] + rows[:, 1:2] * own[:, 1]) + rows[:, 2:] * own[:, 2]
+
+
+def upright(metric: np.ndarray) -> np.ndarray:
+    """Right-handed lattices of these metrics, a along x, b in the xy plane; not finite where there is none.
+
+    (B, 3, 3) Å² -> (B, 3, 3) Å. Cholesky's decomposition, which NumPy's own refuses for all if one has none.
+    """
+    lattice = np.zeros_like(metric)
+    with np.errstate(all="ignore"):
+        for row in range(3):
+            for column in range(row + 1):
+                rest = metric[:, row, column] - (lattice[:, row, :column] * lattice[:, column, :column]).sum(-1)
+                lattice[:, row, column] = np.sqrt(rest) if row == column else rest / lattice[:, column, column]
+    return lattice

@@ -1,7 +1,7 @@
 """The symmetry of crystals where it is clear, many crystals at a time.
 
-Clear means: every motion that could be a symmetry fits well within the tolerance or fails far beyond it, so that any
-way to apply the tolerance finds the same group. For these the group's translations are made exact, sites and metric
+Clear means: every operation that could be a symmetry fits well within the tolerance or fails far beyond it, so that
+any way to apply the tolerance finds the same group. For these the group's translations are made exact, sites and metric
 are averaged over it, and the space group is looked up by the operations. All others are left to moyo, which takes
 several times as long.
 """
@@ -12,15 +12,15 @@ from itertools import product
 import moyopy
 import numpy as np
 
-from hpcgen.crystal.cells import Cells, ranges, times
+from hpcgen.crystal.cells import Cells, ranges, times, upright
 
-WELL = 0.3  # share of symprec within which a motion fits well,
+WELL = 0.3  # share of symprec within which an operation fits well,
 FAR = 10.0  # and beyond which it fails; by the sum of the steps along the cell's vectors, never less than the distance
 MOST_ATOMS = 100  # of a crystal: all pairs of its atoms are compared
 ROUNDING = 1e-5  # of a sum of products of cosines in float32, several times over
 EXACT = 0.15  # a translation times the group's order is a whole number within this, or not clear
 
-# The motions of a Niggli cell take its vectors to ones of entries -1, 0 and 1. Those 13 up to sign, the threes of them
+# The rotations of a Niggli cell take its vectors to ones of entries -1, 0 and 1: 13 up to sign. The threes of these
 # that are as large as the cell, and the four ways to give such three signs that turn without a mirror.
 _VECTORS = np.array([v for v in product((-1, 0, 1), repeat=3) if v > (0, 0, 0)])
 _TRIPLES = np.array(list(product(range(13), repeat=3)))
@@ -50,16 +50,16 @@ class Symmetric:
 
 
 @dataclass(frozen=True)
-class _Motions:
-    """Motions of crystals, M in all, sorted by crystal: frac' = sign · rotation @ frac + shift."""
+class _Operations:
+    """Operations on crystals, M in all, sorted by crystal: frac' = sign · rotation @ frac + shift."""
 
     crystal: np.ndarray  # (M,)
     which: np.ndarray  # (M,) of _ROTATIONS
     sign: np.ndarray  # (M,) 1.0 or -1.0
     shift: np.ndarray  # (M, 3)
 
-    def __getitem__(self, some: np.ndarray) -> "_Motions":
-        return _Motions(self.crystal[some], self.which[some], self.sign[some], self.shift[some])
+    def __getitem__(self, some: np.ndarray) -> "_Operations":
+        return _Operations(self.crystal[some], self.which[some], self.sign[some], self.shift[some])
 
     @property
     def rotation(self) -> np.ndarray:
@@ -99,7 +99,7 @@ def _right_handed(given: Cells) -> tuple[Cells, dict[int, str]]:
 
 
 def _of_the_lattices(cells: Cells, symprec: float, clear: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Crystal and rotation of each proper motion of the lattices; `clear` loses those with one that is not clear."""
+    """Crystal and number of each rotation of the lattices; `clear` loses crystals with one that is not clear."""
     metric = cells.lattice @ cells.lattice.mT
     length = np.sqrt(np.diagonal(metric, axis1=1, axis2=2))  # (B, 3)
     reach = np.sqrt(np.square(_VECTORS @ cells.lattice).sum(-1))  # (B, 13)
@@ -119,10 +119,10 @@ def _of_the_lattices(cells: Cells, symprec: float, clear: np.ndarray) -> tuple[n
     return crystal[good], which[good]
 
 
-def _candidates(cells: Cells, motions: tuple[np.ndarray, np.ndarray], symprec: float) -> _Motions:
-    """Motions of the lattice with the shifts that take the first atom of the rarest element to one of its kind, and
-    the first of the next element to near one of its own."""
-    crystal, which = motions
+def _candidates(cells: Cells, rotations: tuple[np.ndarray, np.ndarray], symprec: float) -> _Operations:
+    """Rotations of the lattice, and those turned inside out, with each shift that takes the first atom of the rarest
+    element to one of its kind, and an atom of the next element to near one of its own."""
+    crystal, which = rotations
     new = np.flatnonzero(np.diff(cells.owner * 256 + cells.numbers, prepend=-1))  # first atom of each kind
     size = np.diff(new, append=len(cells.numbers))
     owner = cells.owner[new]
@@ -138,7 +138,7 @@ def _candidates(cells: Cells, motions: tuple[np.ndarray, np.ndarray], symprec: f
     start = new[rare[crystal]]
     rotation = _ROTATIONS[which] * sign[:, None, None]
     shift = cells.frac[start + turn // 2] - _turned(rotation, cells.frac[start])
-    tried = _Motions(crystal, which, sign, shift)
+    tried = _Operations(crystal, which, sign, shift)
     kind = next_rare[crystal]
     probe = np.where(size[kind] > 1, new[kind] + 1, new[kind])
     moved = _turned(rotation, cells.frac[probe]) + shift
@@ -161,16 +161,16 @@ def _steps(step: np.ndarray, cells: Cells, crystal: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Fits:
-    """The motions that fit, and how each atom fits under each, one motion after the other."""
+    """The operations that fit, and how each atom fits under each, one operation after the other."""
 
-    group: _Motions  # each crystal's own, all of them
+    group: _Operations  # each crystal's own, all of them
     image: np.ndarray  # (R,) the atom it comes to, numbered in the batch
     step: np.ndarray  # (R, 3) from where it comes to that atom
 
 
-def _fitted(cells: Cells, tried: _Motions, symprec: float, clear: np.ndarray) -> _Fits:
-    """The motions that fit well, their shifts the mean over the atoms; `clear` loses crystals with others that do not
-    fail by far, and those in which two of them turn alike: such a cell is not primitive."""
+def _fitted(cells: Cells, tried: _Operations, symprec: float, clear: np.ndarray) -> _Fits:
+    """The operations that fit well, their shifts the mean over the atoms; `clear` loses crystals with others that do
+    not fail by far, and those in which two of them turn alike: such a cell is not primitive."""
     counts = cells.counts[tried.crystal]
     at, atom = np.repeat(np.arange(len(counts)), counts), ranges(cells.starts[tried.crystal], counts)
     moved = _turned(tried.rotation[at], cells.frac[atom]) + tried.shift[at]
@@ -195,7 +195,7 @@ def _fitted(cells: Cells, tried: _Motions, symprec: float, clear: np.ndarray) ->
     clear &= _without(tried.crystal[1:], (turn[1:] == turn[:-1]) & (misfit[1:] <= WELL * symprec), len(clear))
     kept = (misfit <= WELL * symprec) & clear[tried.crystal]
     rows = kept[at]
-    fitting = _Motions(tried.crystal, tried.which, tried.sign, tried.shift + mean)
+    fitting = _Operations(tried.crystal, tried.which, tried.sign, tried.shift + mean)
     return _Fits(fitting[kept], image[rows], step[rows])
 
 
@@ -213,10 +213,10 @@ def _near(cells: Cells, crystal: np.ndarray, moved: np.ndarray, symprec: float) 
     shortest = np.sqrt(np.square(cells.lattice).sum(-1)).min(-1)
     least = 3 - 2.1 * (np.pi * FAR * symprec / shortest) ** 2 - ROUNDING
     image = np.full(len(moved), _NONE, dtype=np.int64)
-    motions = np.bincount(crystal, minlength=len(cells.counts)).tolist()
+    operations = np.bincount(crystal, minlength=len(cells.counts)).tolist()
     hits, rows, end = [], [], 0
     for start, count, some, enough in zip(
-        cells.starts.tolist(), cells.counts.tolist(), motions, least.tolist(), strict=True
+        cells.starts.tolist(), cells.counts.tolist(), operations, least.tolist(), strict=True
     ):
         if some:
             stop, first, end = start + count, end, end + some * count
@@ -241,8 +241,8 @@ def _angles(frac: np.ndarray) -> np.ndarray:
 def _made_exact(cells: Cells, fits: _Fits, clear: np.ndarray) -> Symmetric:
     """Sites and metrics averaged over groups whose shifts are made exact.
 
-    With S the sum of the shifts t of all n motions, S = W S + n t up to whole numbers for each motion W, so that from
-    the origin S/n all shifts are whole numbers over n.
+    With S the sum of the shifts t of all n operations, S = W S + n t up to whole numbers for each rotation W, so that
+    from the origin S/n all shifts are whole numbers over n.
     """
     group, count = fits.group, len(clear)
     owner, rotation = group.crystal, group.rotation
@@ -262,15 +262,15 @@ def _made_exact(cells: Cells, fits: _Fits, clear: np.ndarray) -> Symmetric:
     metric = cells.lattice @ cells.lattice.mT
     turned = (rotation.mT @ metric[owner] @ rotation).reshape(-1, 9)
     sums = np.stack([np.bincount(owner, turned[:, entry], minlength=count) for entry in range(9)], -1)
+    lattice = upright((sums / np.maximum(order, 1)[:, None]).reshape(-1, 3, 3))
+    clear &= (np.diagonal(lattice, axis1=1, axis2=2) > 0).all(-1)
     places = np.flatnonzero(clear)
-    lattice = np.linalg.cholesky((sums[places] / order[places, None]).reshape(-1, 3, 3))
     moved = times(step, cells.lattice, cells.owner)
-    farthest = np.sqrt(np.maximum.reduceat((moved * moved).sum(1), cells.starts))[places]
-    deformation = np.linalg.inv(lattice) @ cells.lattice[places]
+    farthest = np.sqrt(np.maximum.reduceat((moved * moved).sum(1), cells.starts)) if len(moved) else order
+    deformation = np.linalg.inv(lattice[places]) @ cells.lattice[places]
     strain = np.abs(deformation @ deformation.mT - np.eye(3)).max((1, 2)) / 2
-    frac = cells.frac + step - (origin + own_origin)[cells.owner]
-    made = Cells(cells.lattice, frac, cells.numbers, cells.counts)[places]
-    return Symmetric(places, Cells(lattice, made.frac, made.numbers, made.counts), number[places], farthest, strain)
+    made = Cells(lattice, cells.frac + step - (origin + own_origin)[cells.owner], cells.numbers, cells.counts)
+    return Symmetric(places, made[places], number[places], farthest[places].astype(float), strain)
 
 
 _KNOWN: dict[bytes, tuple[int, np.ndarray]] = {}  # operations -> space group, its origin
@@ -278,7 +278,7 @@ _MOST_KNOWN = 20000
 
 
 def _identified(
-    group: _Motions, whole: np.ndarray, rotation: np.ndarray, order: np.ndarray, clear: np.ndarray
+    group: _Operations, whole: np.ndarray, rotation: np.ndarray, order: np.ndarray, clear: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Space groups (B,), 0 where there is none, and their standard origins (B, 3). whole: shifts, in units of 1/n."""
     number, origin = np.zeros(len(order), dtype=np.int64), np.zeros((len(order), 3))

@@ -11,7 +11,7 @@ import moyopy
 import numpy as np
 import torch
 
-from hpcgen.crystal.cells import Cells, times
+from hpcgen.crystal.cells import Cells, times, upright
 from hpcgen.crystal.check import MAX_ATOMS, MIN_DISTANCE, faults
 from hpcgen.crystal.clear import Symmetric, clear_symmetry
 from hpcgen.crystal.crystals import Crystals
@@ -72,7 +72,7 @@ def purify(
     places, cells = pure.places.tolist(), pure.cells
     if reduced:
         cells, without = cells.in_niggli_cells()
-        cells = replace(cells, lattice=np.linalg.cholesky(cells.lattice @ cells.lattice.mT))
+        cells = replace(cells, lattice=upright(cells.lattice @ cells.lattice.mT))
         for at, fault in without.items():
             faulty.setdefault(places[at], Refused("purify-failed", f"no Niggli cell: {fault}"))
     made = cells.sorted_by_element().crystals()
