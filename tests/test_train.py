@@ -1,6 +1,7 @@
 """Training: a run that was stopped is the run that was not, on any number of ranks; and bad input costs nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -232,6 +233,22 @@ def test_mixed_precision_learns_and_resumes(store: Path, tmp_path: Path, precisi
     losses = [line["loss"] for line in numbers(tmp_path / "whole")]
     assert losses[-1] < losses[0]
     assert bool(newest(tmp_path / "whole")["scaler"]) == (precision == "fp16")
+
+
+@pytest.mark.bench
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+def test_a_compiled_training_is_the_plain_one_to_float_tolerance(store: Path, tmp_path: Path) -> None:
+    """It takes minutes to compile. What was begun compiled goes on without."""
+    small = ("autoperi.layers=1", "autoperi.width=16", "autoperi.pair_width=4", "steps=6", "validate_every=3")
+    words = [f"store={store}", *TINY, *small]
+    for compiled in ("true", "false"):
+        train(load(TrainConfig, None, [*words, f"out={tmp_path / compiled}", f"compile={compiled}"]))
+    mine, plain = numbers(tmp_path / "true"), numbers(tmp_path / "false")
+    assert len(mine) == len(plain) == 8
+    for one, other in zip(mine, plain, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    more = ["steps=8", "accept=[steps]", "compile=false", f"out={tmp_path / 'true'}"]
+    assert train(load(TrainConfig, None, [*words, *more])).step == 8
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
