@@ -201,6 +201,17 @@ def test_learning_rate_rises_and_falls() -> None:
     assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
+def test_gradients_are_clipped_and_told_as_they_were(store: Path, tmp_path: Path, clip: float) -> None:
+    """After one step the first moment of AdamW is a tenth of the gradient that it was given."""
+    run(store, tmp_path, "steps=1", "log_every=1", "validate_every=0", f"clip={clip}")
+    (line,) = numbers(tmp_path)
+    moments = [moment["exp_avg"].flatten() for moment in newest(tmp_path)["optimiser"]["state"].values()]
+    given = float(torch.cat(moments).norm()) / 0.1
+    assert line["gradient"] > 1e-2
+    assert given == pytest.approx(clip if clip == 1e-3 else line["gradient"], rel=1e-3)
+
+
 def test_averaged_weights() -> None:
     one, two = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     with torch.no_grad():
