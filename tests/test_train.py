@@ -336,11 +336,12 @@ def test_running_out_of_gpu_memory_says_what_to_do(
         run(store, tmp_path)
 
 
-def test_autoperi_learns(store: Path, tmp_path: Path) -> None:
-    words = ["steps=30", "validate_every=0", "log_every=10", "conditions=[band_gap]"]
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_autoperi_learns(store: Path, tmp_path: Path, precision: str) -> None:
+    words = ["steps=30", "validate_every=0", "log_every=10", "conditions=[band_gap]", f"precision={precision}"]
     train(load(TrainConfig, None, [f"store={store}", f"out={tmp_path}", *TINY, *words]))
     losses = [line["loss"] for line in numbers(tmp_path)]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] and newest(tmp_path)["progress"]["bad"] == 0
     exported = read_saved(tmp_path / "last.pt", MODEL)
     assert exported["model"] == "autoperi" and exported["config"]["conditions"] == ["band_gap"]
     assert len(read(store, split="train")) == 60

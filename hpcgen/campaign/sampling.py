@@ -129,6 +129,8 @@ def load_once(path: Path, device: torch.device) -> tuple[Any, dict[str, Any], st
     key = (path, device, there and (there.st_mtime_ns, there.st_size))
     if key not in _loaded:
         _loaded.clear()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # before anything is put there: the other GPUs of a node are other ranks'
         model, facts = load_model(path, device)
         _loaded[key] = model, facts, sha256_of(path)
     return _loaded[key]
@@ -140,7 +142,6 @@ def _settle(device: torch.device) -> None:
         torch.set_num_threads(1)
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
