@@ -232,19 +232,21 @@ from hpcgen.campaign import sampling
 from hpcgen.campaign.config import CampaignConfig
 from hpcgen.campaign.pieces import Piece
 
-config = CampaignConfig(n=40, steps=2, device="cpu", checkpoint_sha256=sys.argv[1])
-piece = Piece(0, np.arange(40), np.full(40, 12), 12)
+config = CampaignConfig(n=100, steps=3, device="cpu", checkpoint_sha256=sys.argv[1])
+piece = Piece(0, np.arange(100), np.full(100, 12), 12)
 keep, sampling._keep_freed_memory = sampling._keep_freed_memory, lambda: None
 for settle in (lambda: None, keep):
     sampler = sampling.Sampler(config, None)
     settle()
-    sampler.sample(piece, lambda: None)
+    for _ in range(3):
+        sampler.sample(piece, lambda: None)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     sampler.sample(piece, lambda: None)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_is_fetched_once_and_not_in_each_call() -> None:
     """Pages that a piece makes the kernel fetch, without and with what a worker tells its C library."""
@@ -253,7 +255,7 @@ def test_memory_is_fetched_once_and_not_in_each_call() -> None:
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     before, after = map(int, told.stdout.split())
-    assert before > 1000 and after < before / 10, told.stderr
+    assert before > 5000 and after < before / 4, told.stderr
 
 
 # ---- sizes, compositions ---------------------------------------------------------------------------------------------
