@@ -1,5 +1,6 @@
 """The laws of AutoPeri in float64: translation, rotation, relabelling, padding and batching; its sampler."""
 
+import copy
 import math
 import sys
 from dataclasses import replace
@@ -8,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpcgen.crystal.crystals import Crystals
-from hpcgen.crystal.lattice import lattice_from_log_metric, log_metric
+from hpcgen.crystal.lattice import exponential, lattice_from_log_metric, log_metric
 from hpcgen.crystal.torus import shortest_step, wrap
+from hpcgen.diffusion import draw
 from hpcgen.diffusion.draw import Draw, Purpose
 from hpcgen.diffusion.flow import SPREAD, centred
-from hpcgen.errors import InputError
+from hpcgen.errors import InputError, StoppedEarly
 from hpcgen.models.autoperi import AutoPeri, Known, Noise
 from hpcgen.models.autoperi_config import AutoPeriConfig
 from hpcgen.models.batch import Batch
@@ -283,6 +286,47 @@ def test_a_sample_is_a_function_of_seed_and_index() -> None:
         assert torch.allclose(mine.lattice, theirs.lattice, rtol=1e-3)
 
 
+class Waits(TorchDispatchMode):
+    """What was done for which a host waits for its GPU: a value read or copied there, a result of unknown size."""
+
+    KINDS = {"_local_scalar_dense", "lift_fresh", "nonzero", "masked_select", "linalg_matrix_exp", "_linalg_eigh"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(at is not None and at.dtype == torch.bool for at in args[1])
+        self.met |= {name} & self.KINDS | ({"index by a mask"} if by_mask else set())
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_sampling_step_makes_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Waits() as seen:
+        some = torch.tensor([1.0, 2.0])
+        some[some > 1], bool(some.any()), some.nonzero(), torch.linalg.matrix_exp(torch.eye(3)[None])
+    assert seen.met == {"lift_fresh", "index by a mask", "_local_scalar_dense", "nonzero", "linalg_matrix_exp"}
+
+    monkeypatch.setattr(draw, "_look", lambda *told: None)  # this and the next are otherwise on a GPU
+    monkeypatch.setattr(torch.linalg, "matrix_exp", exponential)
+    net, watch, begun = model().float(), Waits(), []
+
+    def go_on() -> None:
+        begun.append(0)
+        if len(begun) == 2:  # after what is done once
+            watch.__enter__()
+        if len(begun) == 5:
+            watch.__exit__(None, None, None)
+            raise StoppedEarly("enough")
+
+    request = Request(torch.arange(8), torch.full((8,), 4), torch.zeros(8, 4, dtype=torch.int64), {"band_gap": 3.0},
+                      steps=6, churn=1.0, speed=5.0, guidance=2.0)  # fmt: skip
+    with pytest.raises(StoppedEarly):
+        net.sample(request, Draw(1), go_on)
+    assert watch.met == set()
+
+
 def test_guidance_of_one_is_none_and_more_goes_further() -> None:
     net = model().float()
     species = torch.zeros(2, 4, dtype=torch.int64)
@@ -312,6 +356,29 @@ def test_a_crystal_whose_elements_are_not_finite_is_not_finite(value: float) -> 
     request = Request(torch.arange(3), torch.tensor([4, 4, 3]), torch.zeros(3, 4, dtype=torch.int64), steps=3)
     out = net.sample(request, Draw(1))
     assert [bool(out[k].frac_coords.isfinite().all()) for k in range(3)] == [False, True, True]
+
+
+@pytest.mark.slow
+def test_the_network_is_one_graph_for_all_sizes_where_it_is_compiled() -> None:
+    """Traced as `compile=true` has it, but run as it stands: the compiler itself takes minutes."""
+    from torch._dynamo.utils import counters  # two seconds, for this test alone
+
+    torch.compiler.reset()
+    counters.clear()
+    plain = model(replace(TINY, layers=1)).float()
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend="eager", fullgraph=True)  # a part that cannot be traced raises
+    of, gradients = crystals().to(dtype=torch.float32), []
+    for some in (of, of[torch.tensor([0, 1])], of[torch.tensor([2, 3, 4])]):
+        for net in (plain, compiled):
+            net.zero_grad()
+            net(batch_of(some), Draw(1))["loss"].backward()
+        gradients += [
+            (one.grad, other.grad) for one, other in zip(plain.parameters(), compiled.parameters(), strict=True)
+        ]
+    assert all(one is not None and torch.equal(one, other) for one, other in gradients)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert compiled.state_dict().keys() == plain.state_dict().keys(), "checkpoints do not show it"
 
 
 def test_the_loss_falls() -> None:

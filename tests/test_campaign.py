@@ -2,8 +2,11 @@
 
 import json
 import os
+import platform
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -28,6 +31,7 @@ from hpcgen.files import read_json_lines
 from hpcgen.models.autoperi import AutoPeri
 from hpcgen.models.saved import MODEL, read_saved
 from hpcgen.store.inspect import check, describe
+from hpcgen.store.layout import sha256_of
 from hpcgen.store.read import Store
 from hpcgen.store.write import write_store
 
@@ -219,6 +223,39 @@ def test_the_packaged_checkpoint(tmp_path: Path) -> None:
     assert (made.asked, made.written) == (16, 16)
     volume = Store(tmp_path).rows(range(16)).crystals.volume / 8
     assert ((volume > 8) & (volume < 60)).all(), "Å³ an atom"
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from hpcgen.campaign import sampling
+from hpcgen.campaign.config import CampaignConfig
+from hpcgen.campaign.pieces import Piece
+
+config = CampaignConfig(n=100, steps=3, device="cpu", checkpoint_sha256=sys.argv[1])
+piece = Piece(0, np.arange(100), np.full(100, 12), 12)
+keep, sampling._keep_freed_memory = sampling._keep_freed_memory, lambda: None
+for settle in (lambda: None, keep):
+    sampler = sampling.Sampler(config, None)
+    settle()
+    for _ in range(3):
+        sampler.sample(piece, lambda: None)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    sampler.sample(piece, lambda: None)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_is_fetched_once_and_not_in_each_call() -> None:
+    """Pages that a piece makes the kernel fetch, without and with what a worker tells its C library."""
+    command = [sys.executable, "-c", FAULTS, sha256_of(PACKAGED)]
+    told = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    before, after = map(int, told.stdout.split())
+    assert before > 5000 and after < before / 4, told.stderr
 
 
 # ---- sizes, compositions ---------------------------------------------------------------------------------------------

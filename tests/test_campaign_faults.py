@@ -107,7 +107,7 @@ def test_pieces_too_large_for_memory_are_halved(checkpoint: Path, tmp_path: Path
 
     def short(self: AutoPeri, request: Any, *rest: Any) -> Any:
         if len(request.index) > 2 or request.species.shape[1] == 20:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            torch.empty(2**60, dtype=torch.uint8)  # no machine has so much
         return sample(self, request, *rest)
 
     monkeypatch.setattr(AutoPeri, "sample", short)

@@ -11,8 +11,12 @@ from train_jobs import ENV, make_store
 
 from hpcgen.campaign.config import PACKAGED
 from hpcgen.campaign.sampling import Sampler
+from hpcgen.diffusion.draw import Draw
+from hpcgen.errors import StoppedEarly
 from hpcgen.files import read_json_lines
 from hpcgen.metrics.match import Comparison
+from hpcgen.models.load import load_model
+from hpcgen.models.request import Request
 from hpcgen.store.read import Store
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -57,12 +61,36 @@ def test_out_of_memory_halves_the_batch(checkpoint: Path, tmp_path: Path, monkey
     assert Store(tmp_path / "run").column("halved").values.any()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-def test_training_under_torchrun_stops_and_goes_on(tmp_path: Path, precision: str) -> None:
+@pytest.mark.skipif(not PACKAGED.exists(), reason="no trained checkpoint in the package")
+def test_no_sampling_step_waits_for_the_gpu() -> None:
+    model, _ = load_model(PACKAGED, "cuda")
+    begun: list[int] = []
+
+    def go_on() -> None:
+        begun.append(0)
+        if len(begun) == 3:  # libraries have been set up, what is done once is done
+            torch.cuda.set_sync_debug_mode("error")
+        if len(begun) == 7:
+            raise StoppedEarly("enough")
+
+    shape = {"device": "cuda", "dtype": torch.int64}
+    request = Request(torch.arange(64, device="cuda"), torch.full((64,), 12, **shape), torch.zeros(64, 12, **shape),
+                      steps=16, churn=1.0, speed=10.0)  # fmt: skip
+    try:
+        with pytest.raises(StoppedEarly):
+            model.sample(request, Draw(0), go_on)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "how", [["precision=float32"], ["precision=bf16"], ["precision=fp16"], ["precision=bf16", "compile=true"]], ids=str
+)
+def test_training_under_torchrun_stops_and_goes_on(tmp_path: Path, how: list[str]) -> None:
     store = make_store(tmp_path / "store")
     words = [f"store={store}", "model=autoperi", "autoperi.width=32", "autoperi.layers=2", "autoperi.heads=4",
-             "batch.crystals=16", "device=cuda", f"precision={precision}", "tensorboard=false", "validate_every=10",
-             "save_every_steps=5", "log_every=5"]  # fmt: skip
+             "batch.crystals=16", "device=cuda", "tensorboard=false", "validate_every=10", "save_every_steps=5",
+             "log_every=5", *how]  # fmt: skip
     config = tmp_path / "empty.yaml"
     config.write_text("{}\n")
 
@@ -70,7 +98,7 @@ def test_training_under_torchrun_stops_and_goes_on(tmp_path: Path, precision: st
         torchrun = Path(sys.executable).parent / "torchrun"
         command = [torchrun, "--nproc-per-node", "1", "-m", "hpcgen.cli", "train"]
         told = [*words, f"out={tmp_path / out}", f"steps={steps}", *more]
-        done = subprocess.run([*command, config, *told], env=ENV, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, config, *told], env=ENV, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return tmp_path / out
 

@@ -18,6 +18,7 @@ from pymatgen.core import Lattice
 
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.lattice import (
+    exponential,
     heights,
     in_niggli_cell,
     inverse_transform,
@@ -236,6 +237,16 @@ def test_log_metric_round_trip():
     assert torch.allclose(torch.linalg.det(made), volume(METRIC_CELLS), rtol=1e-6)
     any_vector = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
     assert torch.allclose(log_metric(lattice_from_log_metric(any_vector)), any_vector, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e-3, 1.0, 10.0, 60.0])
+def test_exponential_is_that_of_torch(norm):
+    symmetric = METRIC_CELLS + METRIC_CELLS.mT
+    matrix = norm * symmetric / torch.linalg.matrix_norm(symmetric, 2)[:, None, None]
+    known = torch.linalg.matrix_exp(matrix)
+    assert ((exponential(matrix) - known).abs() / known.abs().amax((-1, -2), keepdim=True)).max() < 1e-12
+    wrong = exponential(matrix.mT + 1e-6) - known
+    assert (wrong.abs() / known.abs().amax((-1, -2), keepdim=True)).max() > 1e-9, "the comparison can fail"
 
 
 @pytest.mark.parametrize(("function", "holds"), [(log_metric, True), (lambda x: x.flatten(1), False)])

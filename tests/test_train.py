@@ -1,6 +1,7 @@
 """Training: a run that was stopped is the run that was not, on any number of ranks; and bad input costs nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -200,6 +201,17 @@ def test_learning_rate_rises_and_falls() -> None:
     assert rates[:100] == sorted(rates[:100]) and rates[100:] == sorted(rates[100:], reverse=True)
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
+def test_gradients_are_clipped_and_told_as_they_were(store: Path, tmp_path: Path, clip: float) -> None:
+    """After one step the first moment of AdamW is a tenth of the gradient that it was given."""
+    run(store, tmp_path, "steps=1", "log_every=1", "validate_every=0", f"clip={clip}")
+    (line,) = numbers(tmp_path)
+    moments = [moment["exp_avg"].flatten() for moment in newest(tmp_path)["optimiser"]["state"].values()]
+    given = float(torch.cat(moments).norm()) / 0.1
+    assert line["gradient"] > 1e-2
+    assert given == pytest.approx(clip if clip == 1e-3 else line["gradient"], rel=1e-3)
+
+
 def test_averaged_weights() -> None:
     one, two = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)
     with torch.no_grad():
@@ -232,6 +244,22 @@ def test_mixed_precision_learns_and_resumes(store: Path, tmp_path: Path, precisi
     losses = [line["loss"] for line in numbers(tmp_path / "whole")]
     assert losses[-1] < losses[0]
     assert bool(newest(tmp_path / "whole")["scaler"]) == (precision == "fp16")
+
+
+@pytest.mark.bench
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+def test_a_compiled_training_is_the_plain_one_to_float_tolerance(store: Path, tmp_path: Path) -> None:
+    """It takes minutes to compile. What was begun compiled goes on without."""
+    small = ("autoperi.layers=1", "autoperi.width=16", "autoperi.pair_width=4", "steps=6", "validate_every=3")
+    words = [f"store={store}", *TINY, *small]
+    for compiled in ("true", "false"):
+        train(load(TrainConfig, None, [*words, f"out={tmp_path / compiled}", f"compile={compiled}"]))
+    mine, plain = numbers(tmp_path / "true"), numbers(tmp_path / "false")
+    assert len(mine) == len(plain) == 8
+    for one, other in zip(mine, plain, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    more = ["steps=8", "accept=[steps]", "compile=false", f"out={tmp_path / 'true'}"]
+    assert train(load(TrainConfig, None, [*words, *more])).step == 8
 
 
 # ---- the rest --------------------------------------------------------------------------------------------------------
@@ -308,11 +336,12 @@ def test_running_out_of_gpu_memory_says_what_to_do(
         run(store, tmp_path)
 
 
-def test_autoperi_learns(store: Path, tmp_path: Path) -> None:
-    words = ["steps=30", "validate_every=0", "log_every=10", "conditions=[band_gap]"]
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_autoperi_learns(store: Path, tmp_path: Path, precision: str) -> None:
+    words = ["steps=30", "validate_every=0", "log_every=10", "conditions=[band_gap]", f"precision={precision}"]
     train(load(TrainConfig, None, [f"store={store}", f"out={tmp_path}", *TINY, *words]))
     losses = [line["loss"] for line in numbers(tmp_path)]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] and newest(tmp_path)["progress"]["bad"] == 0
     exported = read_saved(tmp_path / "last.pt", MODEL)
     assert exported["model"] == "autoperi" and exported["config"]["conditions"] == ["band_gap"]
     assert len(read(store, split="train")) == 60

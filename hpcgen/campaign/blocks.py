@@ -71,7 +71,7 @@ class MakeBlock:
 
     def __call__(self, block: Block, draft: Path, cursor: Cursor) -> None:
         """Sample what is not there yet, write the draft. Raises StoppedEarly at any sampling step, StorageError."""
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         sampler = Sampler(self.config, self.targets)
         tiles = _Tiles(self.config, sampler, block, cursor)
         arrays = join(list(tiles.all()))
@@ -81,6 +81,7 @@ class MakeBlock:
             block.path.parent / METRICS, block=block.index, rank=self.rank, token=self.token, crystals=block.size,
             written=count(arrays), rejected=len(arrays[REJECTED]), sampled=tiles.sampled,
             seconds=round(time.perf_counter() - began, 4), sampling_s=round(sampler.seconds, 4),
+            cpu_s=round(time.process_time() - used, 4),
         )  # fmt: skip
 
 

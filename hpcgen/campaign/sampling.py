@@ -1,11 +1,12 @@
 """A loaded model that samples pieces, the same bits whatever else goes on: one thread, or deterministic kernels."""
 
+import ctypes
 import logging
 import os
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hpcgen.store.layout import sha256_of
 
 log = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
 _loaded: dict[Any, Any] = {}  # the last model of this process: one load, however many blocks
 
 
@@ -129,6 +131,8 @@ def load_once(path: Path, device: torch.device) -> tuple[Any, dict[str, Any], st
     key = (path, device, there and (there.st_mtime_ns, there.st_size))
     if key not in _loaded:
         _loaded.clear()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # before anything is put there: the other GPUs of a node are other ranks'
         model, facts = load_model(path, device)
         _loaded[key] = model, facts, sha256_of(path)
     return _loaded[key]
@@ -138,13 +142,21 @@ def _settle(device: torch.device) -> None:
     """What last bits depend on, beside the shapes."""
     if device.type == "cpu":
         torch.set_num_threads(1)
+        _keep_freed_memory()
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.cuda.set_device(device)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
     torch.backends.cudnn.benchmark = False
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: else each call of the network fetches thousands of pages anew."""
+    with suppress(OSError, AttributeError, TypeError):  # another library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_TRIM_THRESHOLD, 2**30)
+        mallopt(_MMAP_THRESHOLD, 2**25)  # the largest that may be
 
 
 def _precision(config: CampaignConfig, device: torch.device) -> AbstractContextManager[Any]:

@@ -248,9 +248,9 @@ def log_metric(lattice: Tensor) -> Tensor:
     Computed in float64, given in the dtype of `lattice`. Differentiable once.
     """
     cell = lattice.double()
-    log = _LogOfSymmetric.apply(cell @ cell.mT) / 2
-    flat = log[:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]  # (B, 6)
-    return (flat * flat.new_tensor([1, 1, 1, _SQRT2, _SQRT2, _SQRT2])).to(lattice.dtype)
+    log = (_LogOfSymmetric.apply(cell @ cell.mT) / 2).flatten(1)
+    flat = torch.stack([log[:, at] for at in (0, 4, 8, 5, 2, 1)], -1)  # (B, 6)
+    return torch.cat([flat[:, :3], flat[:, 3:] * _SQRT2], -1).to(lattice.dtype)
 
 
 def lattice_from_log_metric(log: Tensor) -> Tensor:
@@ -258,11 +258,27 @@ def lattice_from_log_metric(log: Tensor) -> Tensor:
 
     What is not finite, or too large or flat to be a cell, is NaN, and does not touch the others.
     """
-    x = log.double()
-    x = x / x.new_tensor([1, 1, 1, _SQRT2, _SQRT2, _SQRT2])
-    matrix = x[:, [0, 5, 4, 5, 1, 3, 4, 3, 2]].reshape(-1, 3, 3)
-    factor, bad = torch.linalg.cholesky_ex(torch.linalg.matrix_exp(2 * matrix))
+    xx, yy, zz, yz, xz, xy = log.double().unbind(-1)
+    yz, xz, xy = yz / _SQRT2, xz / _SQRT2, xy / _SQRT2
+    matrix = torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], -1).unflatten(-1, (3, 3))
+    metric = exponential(2 * matrix) if log.is_cuda else torch.linalg.matrix_exp(2 * matrix)
+    factor, bad = torch.linalg.cholesky_ex(metric)
     return factor.masked_fill((bad != 0)[:, None, None], math.nan).to(log.dtype)
+
+
+def exponential(matrix: Tensor) -> Tensor:
+    """exp of small symmetric matrices in float64, (B, n, n), to 1e-12 of its largest entry up to a norm of 60.
+
+    Torch's own sorts the matrices by their norm, for which the host waits for a GPU several times; this one does the
+    same for all: a Taylor series of exp(matrix / 2^10), squared ten times.
+    """
+    part, one = matrix * 2.0**-10, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    total = one + part / 9
+    for k in range(8, 0, -1):
+        total = one + part @ total / k
+    for _ in range(10):
+        total = total @ total
+    return total
 
 
 def _short(values: Tensor) -> str:

@@ -279,7 +279,8 @@ def _lattice_vector(lattice: Tensor, num_atoms: Tensor) -> Tensor:
 
 
 def _size_part(like: Tensor, num_atoms: Tensor) -> Tensor:
-    return num_atoms.to(like.dtype).log()[:, None] / 3 * like.new_tensor([1, 1, 1, 0, 0, 0])
+    each = num_atoms.to(like.dtype).log()[:, None] / 3
+    return functional.pad(each.expand(-1, 3), (0, 3))
 
 
 def _revealed(

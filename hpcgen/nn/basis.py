@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -76,7 +75,8 @@ def nearest_images(frac: Tensor, lattice: Tensor) -> Images:
 
 def _nearest_images(frac: Tensor, lattice: Tensor) -> Images:
     step = shortest_step(frac.unsqueeze(2), frac.unsqueeze(1))  # (B, N, N, 3)
-    offsets = torch.tensor(list(product((-1.0, 0.0, 1.0), repeat=3)), device=frac.device, dtype=frac.dtype) @ lattice
+    beside = torch.arange(-1, 2, device=frac.device, dtype=frac.dtype)
+    offsets = torch.cartesian_prod(beside, beside, beside) @ lattice  # (B, 27, 3)
     vector = step.flatten(1, 2) @ lattice  # (B, N², 3)
     # by how much the square of an image's distance is less: |v|² - |v + o|² = -2 v·o - |o|²
     nearer = torch.baddbmm(offsets.square().sum(-1).unsqueeze(1), vector, offsets.mT, beta=-1, alpha=-2)  # (B, N², 27)
