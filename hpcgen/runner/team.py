@@ -136,7 +136,7 @@ def _started_ranks(env: Mapping[str, str]) -> int | None:
 
 def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
     try:
-        from mpi4py import MPI
+        MPI = _begin_mpi(env)
     except (ImportError, RuntimeError) as fault:
         if "SLURM_PROCID" in env and env_number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
             log.info("no usable mpi4py (%s): the tasks of this step share the work through files", fault)
@@ -160,6 +160,24 @@ def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
     team = _array_team(env, comm.Get_rank(), size, token=token, comm=comm)
     _abort_on_uncaught(team)
     return team
+
+
+def _begin_mpi(env: Mapping[str, str]) -> Any:
+    """mpi4py.MPI, begun. An MPICH that does not know the launcher ends the process within: who does so is said first.
+
+    Raises ImportError, RuntimeError.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    from mpi4py import MPI
+
+    if env.get("PMIX_RANK") == "0" and "PMI_RANK" not in env and "Open MPI" not in (name := MPI.get_vendor()[0]):
+        log.info("%s under srun --mpi=pmix: if it was built without PMIx, it ends here and wants --mpi=pmi2", name)
+        _flush()
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
 
 
 def _remove_names_of_shared_memory() -> None:
