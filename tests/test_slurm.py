@@ -31,6 +31,8 @@ from slurm_jobs import (
 from test_inodes import MOST, RESTARTS, inodes
 from train_jobs import assert_same_run, make_store
 
+from hpcgen.launch.site import GPU_FLAGS
+
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LEAVE_S = 5  # from the signal of a preemption until all ranks are gone
 SIZES = [pytest.param(1, id="4 ranks"), pytest.param(8, id="32 ranks", marks=pytest.mark.bench)]
@@ -242,11 +244,20 @@ def test_a_rank_that_is_killed_ends_the_job(cluster: Cluster, store: Path, tmp_p
     until(lambda: not ranks(job), 20, tmp_path)
 
 
-@pytest.mark.mpi
+@pytest.mark.parametrize("kind", GPU_FLAGS)
+def test_sbatch_takes_every_way_to_ask_for_gpus(cluster: Cluster, tmp_path: Path, kind: str) -> None:
+    size = {"nodes": 4, "tasks_per_node": 8, "gpus_per_node": 8, "cpus_per_task": 8, "mem": "100G"}
+    told = {"gpu_flag": kind, "gpu_type": "a100", **{f"campaign.{name}": value for name, value in size.items()}}
+    words = [word for name, value in told.items() for word in ("--set", f"{name}={value}")]
+    command = ("submit", "campaign", "--n", "8", "--out", str(tmp_path / "run"), *words, "--test-only")
+    done = subprocess.run([*HPCGEN, *command], env=environment(cluster), capture_output=True, text=True)
+    assert done.returncode == 0 and "256 processors on nodes n[1-4]" in done.stdout + done.stderr, done
+
+
 def test_a_chain_through_submitit_waits_for_a_link_that_is_preempted(cluster: Cluster, tmp_path: Path) -> None:
-    """preprocess, submitted from within another job, train, campaign and evaluate, all queued at once."""
+    """preprocess, submitted from within another job, train, campaign without MPI and evaluate, all queued at once."""
     store, run, made = tmp_path / "store", tmp_path / "run", tmp_path / "made"
-    flags = ("--set", "campaign.nodes=2", "--set", "train.nodes=2", "--set", "mpi=pmi2")
+    flags = ("--set", "campaign.nodes=2", "--set", "train.nodes=2", "--set", "mpi=none")
     config, table = str(ROOT / "configs" / "autoperi_mp20.yaml"), write_csv(tmp_path / "t.csv", rows(120))
     sizes = ("--n", "64", "--steps", "2", "--tile", "16", "--block", "16", "--device", "cpu", "--processes", "0")
     told = ("--checkpoint", str(run / "best.pt"), "--out", str(made), *sizes)
@@ -256,7 +267,7 @@ def test_a_chain_through_submitit_waits_for_a_link_that_is_preempted(cluster: Cl
     first = submit(cluster, "train", config, f"store={store}", f"out={run}", *TINY, "steps=100", *flags,
                    "--after", built)  # fmt: skip
     second = submit(cluster, "campaign", *told, *flags, "--after", first)
-    third = submit(cluster, "evaluate", str(made), "--after", second)
+    third = submit(cluster, "evaluate", str(made), "--set", "container=nice -n 1", "--after", second)
     assert cluster.show(second)["Dependency"].startswith(f"afterok:{first}")
     assert cluster.wait(built, timeout_s=120) == "COMPLETED", log_of(store, built, "preprocess")
     disturb(cluster, first, run, 1, step_of)
@@ -266,6 +277,7 @@ def test_a_chain_through_submitit_waits_for_a_link_that_is_preempted(cluster: Cl
     assert cluster.show(first)["Restarts"] == "1"
     assert cluster.wait(second, timeout_s=240) == "COMPLETED", log_of(made, second, "campaign")
     assert cluster.wait(third, timeout_s=240) == "COMPLETED", log_of(made, third, "evaluate")
+    assert [(start["team"], start["size"]) for start in events(made, "start")] == [("array", 2)]
     assert json.loads((made / "summary.json").read_text())["asked"] == 64
     assert json.loads((made / "evaluate" / "generate.json").read_text())["asked"] == 64
     assert sorted(file.name for file in (run / "submit").iterdir()) == [
