@@ -104,12 +104,17 @@ def exit_code(fault: BaseException) -> int:
     return 130 if isinstance(fault, KeyboardInterrupt) else HpcgenError.exit_code
 
 
-def tell_script(code: int) -> None:
-    """Leave the code of a failure where the batch script looks for it: srun tells that of another task, if larger."""
+def tell_script(code: int) -> bool:
+    """Leave the code of a failure where the batch script looks for it: srun tells that of another task, if larger.
+
+    The first one knows best: whether it was this one.
+    """
     file = os.environ.get("HPCGEN_FAILED", "")
     if file and code not in (0, StoppedEarly.exit_code):
-        with suppress(OSError), Path(file).open("x") as told:  # the first one knows best
+        with suppress(OSError), Path(file).open("x") as told:
             told.write(f"{code}\n")
+            return True
+    return False
 
 
 def find_team() -> Team:
@@ -163,7 +168,7 @@ def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
 
 
 def _begin_mpi(env: Mapping[str, str]) -> Any:
-    """mpi4py.MPI, begun. An MPICH that does not know the launcher ends the process within: who does so is said first.
+    """mpi4py.MPI, begun. A library that does not understand srun ends the process within, so that is told before.
 
     Raises ImportError, RuntimeError.
     """
@@ -172,12 +177,29 @@ def _begin_mpi(env: Mapping[str, str]) -> Any:
     mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
     from mpi4py import MPI
 
-    if env.get("PMIX_RANK") == "0" and "PMI_RANK" not in env and "Open MPI" not in (name := MPI.get_vendor()[0]):
-        log.info("%s under srun --mpi=pmix: if it was built without PMIx, it ends here and wants --mpi=pmi2", name)
-        _flush()
+    rank = env.get("PMIX_RANK") or env.get("PMI_RANK")
+    if misfit := _misfit(env, MPI.get_vendor()[0]):
+        if tell_script(SiteError.exit_code) or ("HPCGEN_FAILED" not in env and rank == "0"):
+            log.info("%s", misfit)
+            _flush()
+        time.sleep(_HEARD_S)  # the first rank that ends takes the others with it
     if not MPI.Is_initialized():
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if misfit and rank == "0" and "HPCGEN_FAILED" in env:  # it was built for that: no failure
+        with suppress(OSError):
+            Path(env["HPCGEN_FAILED"]).unlink()
     return MPI
+
+
+def _misfit(env: Mapping[str, str], library: str) -> str:
+    """Why a library may not understand the plug-in with which srun started this rank; '' if it should."""
+    plugin = "pmi2" if _under_slurms_pmi2(env) else ""
+    if env.get("PMIX_NAMESPACE", "").startswith("slurm."):
+        plugin = "pmix"
+    wants = "pmix" if library == "Open MPI" else "pmi2"
+    if plugin in ("", wants):
+        return ""
+    return f"{library} under srun --mpi={plugin}: unless it was built for that it ends here, and wants --mpi={wants}"
 
 
 def _remove_names_of_shared_memory() -> None:
