@@ -262,14 +262,16 @@ def test_a_chain_through_submitit_waits_for_a_link_that_is_preempted(cluster: Cl
     sizes = ("--n", "64", "--steps", "2", "--tile", "16", "--block", "16", "--device", "cpu", "--processes", "0")
     told = ("--checkpoint", str(run / "best.pt"), "--out", str(made), *sizes)
     build = (str(ROOT / "preprocess" / "mp20.py"), str(table), "--no-page", "--processes", "0", "--out", str(store))
-    within = ("srun", "--nodes=1", "--ntasks=1", "--gres=gpu:8", "--mem=200G")  # no such resources have the links
-    built = cluster.run(*within, *HPCGEN, "submit", "preprocess", *build, env=environment(cluster)).strip()
+    seen = ("--set", "setup=[env | grep ^SLURM_STEP || echo of no other step]")
+    within = ("srun", "--nodes=1", "--ntasks=1", *HPCGEN, "submit", "preprocess", *build, *seen)
+    built = cluster.run(*within, env=environment(cluster)).strip()
     first = submit(cluster, "train", config, f"store={store}", f"out={run}", *TINY, "steps=100", *flags,
                    "--after", built)  # fmt: skip
     second = submit(cluster, "campaign", *told, *flags, "--after", first)
     third = submit(cluster, "evaluate", str(made), "--set", "container=nice -n 1", "--after", second)
     assert cluster.show(second)["Dependency"].startswith(f"afterok:{first}")
     assert cluster.wait(built, timeout_s=120) == "COMPLETED", log_of(store, built, "preprocess")
+    assert "of no other step" in log_of(store, built, "preprocess")
     disturb(cluster, first, run, 1, step_of)
     waiting = [cluster.show(link) for link in (second, third)]
     assert [(link["JobState"], link["Reason"]) for link in waiting] == [("PENDING", "Dependency")] * 2
