@@ -63,7 +63,7 @@ def disturb(cluster: Cluster, job: str, run: Path, times: int, progress: Callabl
     for _ in range(times):
         cluster.wait(job, "RUNNING", 120)
         start = progress(run)
-        until(lambda start=start: progress(run) > start and cluster.state(job) == "RUNNING", 240, run)
+        until(lambda start=start: progress(run) > start and cluster.state(job) == "RUNNING", 600, run)
         began = time.monotonic()
         high = cluster.preempt(1)
         gone.append(seconds_to_leave(cluster, job, run, began))

@@ -84,7 +84,7 @@ def test_a_training_of_32_ranks_started_again_twenty_times_is_few_files(
         disturb(cluster, job, run, 1, step_of)
         assert len(events(run, "start")) == begun + 1
         counts.append(inodes(run))
-    until(lambda: len(events(run, "start")) == wanted + 1, 240, run)
+    until(lambda: len(events(run, "start")) == wanted + 1, 600, run)
     cluster.run("scancel", job)
     assert cluster.wait(job) == "CANCELLED"
     until(lambda: not ranks(job), 20, run)
