@@ -15,6 +15,7 @@ from runner_jobs import SIZE, Launch, Work, blocks_in, expected, found, litter, 
 from hpcgen.errors import InputError, SiteError, StoppedEarly, UsageError
 from hpcgen.files import read_json_lines
 from hpcgen.runner import guard as guard_module
+from hpcgen.runner import team as team_module
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.cores import usable_cores
 from hpcgen.runner.guard import Guard
@@ -363,6 +364,24 @@ def test_how_a_process_was_started_is_read_from_its_environment(monkeypatch: pyt
     assert team(PMI_SIZE="1", PMI_RANK="0").kind == "alone"
     with pytest.raises(SiteError, match="want a whole number"):
         team(SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="three")
+
+
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+PLUGINS = [
+    ({"PMI_JOBID": "7.0"}, "pmi2"),
+    ({"PMIX_NAMESPACE": "slurm.pmix.7.0"}, "pmix"),
+    ({"PMI_JOBID": "7.0", "MPI_LOCALNRANKS": "2"}, ""),  # mpiexec of MPICH within a step of either kind
+    ({"PMIX_NAMESPACE": "slurm.pmix.7.0", "MPI_LOCALNRANKS": "2"}, ""),
+    ({"PMIX_NAMESPACE": "2716532737", "OMPI_COMM_WORLD_SIZE": "2"}, ""),  # that of Open MPI
+    ({}, ""),
+]
+
+
+@pytest.mark.parametrize(("env", "plugin"), PLUGINS)
+def test_the_plugin_of_srun_is_told_from_an_mpiexec_within_its_step(env: dict[str, str], plugin: str) -> None:
+    assert team_module._slurms_plugin(STEP | env) == plugin
+    assert bool(team_module._misfit(STEP | env, "MPICH")) == (plugin == "pmix")
+    assert bool(team_module._misfit(STEP | env, "Open MPI")) == (plugin == "pmi2")
 
 
 def test_cores_are_what_slurm_gave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from slurm_jobs import (
     environment,
     events,
     log_of,
+    open_mpi,
     pid_of,
     ranks,
     saved_step,
@@ -96,7 +98,8 @@ def lose_the_first_node(
 def test_a_training_is_preempted_and_loses_a_node(
     cluster: Cluster, store: Path, tmp_path: Path, how: str, nodes: int, per_node: int, times: int
 ) -> None:
-    words = (*TINY, "steps=400", "save_every_steps=50", "validate_every=50")
+    steps, save = (400, 50) if per_node == 1 else (80, 10)  # 32 ranks take a second a step on two cores
+    words = (*TINY, f"steps={steps}", f"save_every_steps={save}", f"validate_every={save}")
 
     def begin(out: Path) -> str:
         if how == "sbatch":
@@ -110,7 +113,7 @@ def test_a_training_is_preempted_and_loses_a_node(
     job = begin(run)
     disturb(cluster, job, run, times, step_of)
     try:
-        until(lambda: len(events(run, "start")) == times + 1 and step_of(run) > 60, 240, run)
+        until(lambda: len(events(run, "start")) == times + 1 and step_of(run) > save + 10, 300, run)
         lose_the_first_node(cluster, job, run, needed=nodes == 4)
         seen = step_of(run)
         assert cluster.wait(job, timeout_s=600) == "COMPLETED", log_of(run, job)
@@ -118,7 +121,7 @@ def test_a_training_is_preempted_and_loses_a_node(
         if "DOWN" in cluster.nodes()["n1"]:
             cluster.bring_back("n1")
     starts = events(run, "start")
-    assert len(starts) == times + 2 and saved_step(starts[-1]["resumed"]) >= seen - 50
+    assert len(starts) == times + 2 and saved_step(starts[-1]["resumed"]) >= seen - save
     assert ranks(job) == [] and cluster.drained() == []
     again = begin(other)
     assert cluster.wait(again, timeout_s=600) == "COMPLETED", log_of(other, again)
@@ -142,12 +145,13 @@ def test_a_node_that_dies_with_its_rank_is_done_without(
 
 
 @pytest.mark.mpi
-def test_a_campaign_goes_on_without_a_node_whose_ranks_still_write(cluster: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mpi", ["MPICH", pytest.param("Open MPI", marks=pytest.mark.bench)])
+def test_a_campaign_goes_on_without_a_node_whose_ranks_still_write(cluster: Cluster, tmp_path: Path, mpi: str) -> None:
     checkpoint, run, other = make_checkpoint(tmp_path / "model.pt"), tmp_path / "run", tmp_path / "calm"
     sizes = {"n": 5000, "steps": 4, "tile": 50, "block": 100, "device": "cpu", "processes": 0}
     words = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
-    job = sbatch(cluster, 2, "campaign.sh", *words, "--checkpoint", str(checkpoint), flags=("--nodes=3",),
-                 HPCGEN_RUN=str(run))  # fmt: skip
+    where = {"HPCGEN_RUN": str(run), **(open_mpi() if mpi == "Open MPI" else {})}
+    job = sbatch(cluster, 2, "campaign.sh", *words, "--checkpoint", str(checkpoint), flags=("--nodes=3",), **where)
     try:
         until(lambda: len(list(run.glob("all-*.h5"))) > 5, 120, run)
         old = {pid for pid in ranks(job) if b"SLURMD_NODENAME=n1" in Path(f"/proc/{pid}/environ").read_bytes()}
@@ -215,15 +219,19 @@ def made(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("fate", ["raises", pytest.param("killed", marks=pytest.mark.bench), "stopped"])
+@pytest.mark.parametrize(
+    ("mpi", "fate"),
+    [("MPICH", "raises"), ("MPICH", "stopped"), pytest.param("MPICH", "killed", marks=pytest.mark.bench),
+     *(pytest.param("Open MPI", fate, marks=pytest.mark.bench) for fate in FATES)],
+)  # fmt: skip
 def test_a_rank_of_a_campaign_that_fails_ends_the_job_and_the_same_command_finishes_it(
-    cluster: Cluster, checkpoint: Path, made: dict[str, bytes], tmp_path: Path, fate: str
+    cluster: Cluster, checkpoint: Path, made: dict[str, bytes], tmp_path: Path, mpi: str, fate: str
 ) -> None:
     befall, code, told = FATES[fate]
     words = [part for name, value in MADE.items() for part in (f"--{name}", str(value))]
+    where = {"HPCGEN_RUN": str(tmp_path), **(open_mpi() if mpi == "Open MPI" else {})}
 
     def begin() -> str:
-        where = {"HPCGEN_RUN": str(tmp_path)}
         return sbatch(cluster, 2, "campaign.sh", *words, "--checkpoint", str(checkpoint), flags=("--nodes=1",), **where)
 
     job = begin()
@@ -248,6 +256,23 @@ def test_a_port_that_is_taken_is_passed_over(cluster: Cluster, store: Path, tmp_
         taken.listen()
         cluster.run("scontrol", "release", job)
         assert cluster.wait(job, timeout_s=120) == "COMPLETED", log_of(tmp_path, job)
+
+
+@pytest.mark.bench
+def test_a_preempted_job_without_scontrol_is_queued_again_by_slurm(
+    cluster: Cluster, store: Path, calm: Path, tmp_path: Path
+) -> None:
+    """The script cannot ask for it, and must not leave before Slurm ends it."""
+    tools, run = tmp_path / "bin", tmp_path / "run"
+    tools.mkdir()
+    for tool in ("sbatch", "squeue", "srun", "bash", "env", "mkdir", "hostname", "date", "cat", "seq", "sleep", "tee"):
+        (tools / tool).symlink_to(shutil.which(tool) or "")
+    job = train(cluster, store, run, "steps=60", PATH=f"{Path(HPCGEN[0]).parent}:{tools}")
+    disturb(cluster, job, run, 1, step_of)
+    assert cluster.wait(job, timeout_s=120) == "COMPLETED", log_of(run, job)
+    assert cluster.show(job)["Restarts"] == "1"
+    assert f"scontrol does not answer, so job {job} cannot ask to be queued again" in log_of(run, job)
+    assert_same_run(run, calm)
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
@@ -319,19 +344,28 @@ def test_a_job_of_more_tasks_than_gpus_says_so_once(cluster: Cluster, store: Pat
     assert log_of(tmp_path, job) == said
 
 
+MISFITS = {  # library, plug-in of srun: exit code, what is said
+    "MPICH, pmix": (3, "MPICH under srun --mpi=pmix: unless it was built for that it ends here, and wants --mpi=pmi2"),
+    "Open MPI, pmi2": (
+        3,
+        "Open MPI under srun --mpi=pmi2: unless it was built for that it ends here, and wants --mpi=pmix",
+    ),
+    "MPICH, nope": (1, "Invalid MPI type 'nope'"),
+}
+
+
 @pytest.mark.mpi
-@pytest.mark.parametrize(
-    ("plugin", "reason"), [("pmix", "unsupported PMI version PMIx"), ("nope", "Invalid MPI type 'nope'")]
-)
-def test_mpi_of_another_kind_makes_nothing(cluster: Cluster, tmp_path: Path, plugin: str, reason: str) -> None:
-    checkpoint = make_checkpoint(tmp_path / "model.pt")
-    job = sbatch(cluster, 2, "campaign.sh", "--n", "64", "--checkpoint", str(checkpoint), "--device", "cpu",
-                 flags=("--nodes=1",), HPCGEN_RUN=str(tmp_path / "run"), HPCGEN_MPI=plugin)  # fmt: skip
-    assert cluster.wait(job, timeout_s=120) == "FAILED" and cluster.show(job)["Restarts"] == "0"
-    said = log_of(tmp_path / "run", job, "campaign")
-    assert reason in said and "asks to be queued again" not in said, said
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["submit"]
-    until(lambda: not ranks(job), 20, tmp_path)
+@pytest.mark.parametrize("kind", MISFITS)
+def test_mpi_of_another_kind_makes_nothing(cluster: Cluster, checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    library, plugin = kind.split(", ")
+    where = (open_mpi() if library == "Open MPI" else {}) | {"HPCGEN_MPI": plugin, "HPCGEN_RUN": str(tmp_path)}
+    words = ("--n", "64", "--checkpoint", str(checkpoint), "--device", "cpu")
+    job = sbatch(cluster, 2, "campaign.sh", *words, flags=("--nodes=1",), **where)
+    code, told = MISFITS[kind]
+    failed(cluster, job, code)
+    said = log_of(tmp_path, job, "campaign")
+    assert said.count(told) == 1 and "asks to be queued again" not in said, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["submit"]
 
 
 def test_a_partition_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> None:
@@ -342,9 +376,15 @@ def test_a_partition_that_does_not_exist(cluster: Cluster, tmp_path: Path) -> No
 
 
 @pytest.mark.mpi
-def test_doctor_examines_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
-    words = ("doctor", "--nodes", "2", "--json", "--", "--partition=low")
-    done = subprocess.run([*HPCGEN, *words], env=environment(cluster), capture_output=True, text=True, cwd=tmp_path)
-    found = {row["name"]: row["verdict"] for row in json.loads(done.stdout) if row["group"] == "nodes"}
-    assert found == {"gloo": "good", "nccl": "absent", "MPI": "good"} and done.returncode == 0, done.stdout
+@pytest.mark.parametrize("library", ["MPICH", "Open MPI"])
+def test_doctor_examines_two_nodes(cluster: Cluster, tmp_path: Path, library: str) -> None:
+    words, env = ("doctor", "--nodes", "2", "--json", "--", "--partition=low"), environment(cluster)
+    env |= open_mpi() if library == "Open MPI" else {}
+    done = subprocess.run([*HPCGEN, *words], env=env, capture_output=True, text=True, cwd=tmp_path)
+    found = {(row["group"], row["name"]): row for row in json.loads(done.stdout)}
+    nodes = {name: row["verdict"] for (group, name), row in found.items() if group == "nodes"}
+    assert nodes == {"gloo": "good", "nccl": "absent", "MPI": "good"}, done.stdout
+    wanted = f"wants {'pmix' if library == 'Open MPI' else 'pmi2'}"
+    assert found["MPI", "srun --mpi"]["found"].endswith(wanted), done.stdout
+    assert done.returncode == (3 if found["MPI", "mpiexec"]["verdict"] == "bad" else 0), "that of MPICH is on the PATH"
     assert list(tmp_path.iterdir()) == []

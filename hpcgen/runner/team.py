@@ -29,6 +29,7 @@ _ADVICE = (
 )
 _HEARD_S = 0.5  # on Abort, Hydra drops what its ranks wrote and it has not read yet
 _LEAVE_S = 25.0  # a rank that stops waits this long for the others to leave MPI as well
+_LEAVE_SRUN_S = 2.0  # a preempted job may have five seconds in all
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Team:
             os._exit(exit_code(fault))  # some launchers return from Abort and kill a moment later
 
     def _leave(self, fault: BaseException) -> None:
-        """Leave MPI in good order, which waits for the others, but no longer than _LEAVE_S.
+        """Leave MPI in good order, which waits for the others, but no longer than _LEAVE_S, or _LEAVE_SRUN_S.
 
         Under Slurm's pmi2 at once: where a node was lost it tries to reach it for ten seconds and then kills the step,
         by then perhaps that of the job's next start, which has the same number.
@@ -84,10 +85,12 @@ class Team:
             _flush()
             os._exit(exit_code(fault))
 
-        if _under_slurms_pmi2(os.environ):
+        plugin = _slurms_plugin(os.environ)
+        if plugin == "pmi2":
             give_up("")
-        slow = f" (rank {self.rank}: the others did not leave within {_LEAVE_S:.0f} s)"
-        timer = threading.Timer(_LEAVE_S, give_up, (slow,))
+        limit_s = _LEAVE_SRUN_S if plugin else _LEAVE_S
+        slow = f" (rank {self.rank}: the others did not leave within {limit_s:.0f} s)"
+        timer = threading.Timer(limit_s, give_up, (slow,))
         timer.daemon = True
         timer.start()
         if not MPI.Is_finalized():
@@ -104,12 +107,17 @@ def exit_code(fault: BaseException) -> int:
     return 130 if isinstance(fault, KeyboardInterrupt) else HpcgenError.exit_code
 
 
-def tell_script(code: int) -> None:
-    """Leave the code of a failure where the batch script looks for it: srun tells that of another task, if larger."""
+def tell_script(code: int) -> bool:
+    """Leave the code of a failure where the batch script looks for it: srun tells that of another task, if larger.
+
+    The first one knows best: whether it was this one.
+    """
     file = os.environ.get("HPCGEN_FAILED", "")
     if file and code not in (0, StoppedEarly.exit_code):
-        with suppress(OSError), Path(file).open("x") as told:  # the first one knows best
+        with suppress(OSError), Path(file).open("x") as told:
             told.write(f"{code}\n")
+            return True
+    return False
 
 
 def find_team() -> Team:
@@ -136,7 +144,7 @@ def _started_ranks(env: Mapping[str, str]) -> int | None:
 
 def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
     try:
-        from mpi4py import MPI
+        MPI = _begin_mpi(env)
     except (ImportError, RuntimeError) as fault:
         if "SLURM_PROCID" in env and env_number(env, "SLURM_STEP_NUM_TASKS", 1) > 1:
             log.info("no usable mpi4py (%s): the tasks of this step share the work through files", fault)
@@ -160,6 +168,39 @@ def _mpi_team(env: Mapping[str, str], started: int | None) -> Team:
     team = _array_team(env, comm.Get_rank(), size, token=token, comm=comm)
     _abort_on_uncaught(team)
     return team
+
+
+def _begin_mpi(env: Mapping[str, str]) -> Any:
+    """mpi4py.MPI, begun. A library that does not understand srun ends the process within, so that is told before.
+
+    Raises ImportError, RuntimeError.
+    """
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    from mpi4py import MPI
+
+    rank = env.get("PMIX_RANK") or env.get("PMI_RANK")
+    if misfit := _misfit(env, MPI.get_vendor()[0]):
+        if tell_script(SiteError.exit_code) or ("HPCGEN_FAILED" not in env and rank == "0"):
+            log.info("%s", misfit)
+            _flush()
+        time.sleep(_HEARD_S)  # the first rank that ends takes the others with it
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if misfit and rank == "0" and "HPCGEN_FAILED" in env:  # it was built for that: no failure
+        with suppress(OSError):
+            Path(env["HPCGEN_FAILED"]).unlink()
+    return MPI
+
+
+def _misfit(env: Mapping[str, str], library: str) -> str:
+    """Why a library may not understand the plug-in with which srun started this rank; '' if it should."""
+    plugin = _slurms_plugin(env)
+    wants = "pmix" if library == "Open MPI" else "pmi2"
+    if plugin in ("", wants):
+        return ""
+    return f"{library} under srun --mpi={plugin}: unless it was built for that it ends here, and wants --mpi={wants}"
 
 
 def _remove_names_of_shared_memory() -> None:
@@ -219,10 +260,13 @@ def env_number(env: Mapping[str, str], name: str, otherwise: int) -> int:
         raise SiteError(f"environment variable {name}={text!r}: want a whole number") from None
 
 
-def _under_slurms_pmi2(env: Mapping[str, str]) -> bool:
-    """Whether `srun --mpi=pmi2` started this rank, and no mpiexec within such a step."""
-    step = f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}"
-    return env.get("PMI_JOBID") == step and "MPI_LOCALNRANKS" not in env
+def _slurms_plugin(env: Mapping[str, str]) -> str:
+    """The `--mpi=` with which srun started this rank, pmi2 or pmix; '' for others, as an mpiexec within a step."""
+    if "MPI_LOCALNRANKS" in env:  # Hydra
+        return ""
+    if env.get("PMI_JOBID") == f"{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}":
+        return "pmi2"
+    return "pmix" if env.get("PMIX_NAMESPACE", "").startswith("slurm.") else ""
 
 
 def _abort_on_uncaught(team: Team) -> None:
