@@ -115,6 +115,7 @@ def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
     heads = ["share", "structures apart", "compositions apart"]
     names = [f"recall, of {told['recall']['of']:,} known", f"precision, of {told['precision']['of']:,} asked"]
     lines = aligned("coverage", names, heads, list(zip(*rows, strict=True)))
+    lines.append(f"valid, and with a fingerprint (CDVAE): {share_told(told['valid'])} of asked")
     lines.append(f"cut-offs {near['structure']:g} and {near['composition']:g}; without a fingerprint: "
                  f"{lost['run']:,} of the run, {lost['reference']:,} of the reference")  # fmt: skip
     apart, spread = figures["wasserstein"], figures["diversity"]
@@ -179,7 +180,12 @@ def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
         ("stricter tolerances", figures["match_rate_strict"]),
     ]
     if k > 1:
-        rows += [("first sample of a target", figures["first"]), (f"best of {k} samples", figures["best"])]
+        rows += [
+            ("first sample of a target", figures["first"]),
+            ("  valid ones only", figures["first_valid"]),
+            (f"best of {k} samples", figures["best"]),
+            ("  valid ones only", figures["best_valid"]),
+        ]
     for part in figures["by_num_atoms"]:
         rows.append((_sizes_named(part["atoms"]), part))
     columns = [
