@@ -1,6 +1,8 @@
 """Energies of CHGNet (Deng et al., Nature Machine Intelligence 5, 1031, 2023), whose weights come with its package."""
 
+import io
 import warnings
+from contextlib import redirect_stdout
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -41,6 +43,7 @@ def energies(crystals: Crystals) -> np.ndarray:
 def _model() -> Any:
     from chgnet.model import CHGNet
 
-    model = CHGNet.load(use_device="cpu", verbose=False)
+    with redirect_stdout(io.StringIO()):  # it prints its version, even if asked not to
+        model = CHGNet.load(use_device="cpu", verbose=False)
     model.graph_converter.set_isolated_atom_response("warn")
     return model
