@@ -145,7 +145,15 @@ def test_predict(run: Path, reference: Path) -> None:
     assert json.loads((run / "evaluate" / "predict.json").read_text()) == told
     assert sorted(path.name for path in (run / "evaluate").iterdir()) == ["predict.csv", "predict.json"]
     shown = render(told)
-    for part in ("of 21 asked", "best of 3 samples", "2 not-finite", f"{100 * len(rms) / 21:.1f} %", "by target id"):
+    for part in (
+        "of 21 asked",
+        "best of 3 samples",
+        "2 not-finite",
+        f"{100 * len(rms) / 21:.1f} %",
+        "by target id",
+        "ltol 0.3, stol 0.5, angle_tol 10; stricter: ltol 0.2",
+        f"pymatgen {told['versions']['pymatgen']}",
+    ):
         assert part in shown
 
 

@@ -24,7 +24,7 @@ def render(told: Mapping[str, Any]) -> str:
         head.append(("not compared", ", ".join(f"{n:,} {reason}" for reason, n in told["not_measured"].items())))
     lines = [f"{name:<13} {value}" for name, value in head]
     if told["task"] == "predict":
-        lines += ["", *_predict_lines(figures)]
+        lines += ["", *_predict_lines(figures), _tolerances_line(told["tolerances"])]
     if "success" in figures:
         lines += ["", *_success_lines(figures["success"])]
     lines += ["", *_validity_lines(figures["validity"], told["control"])]
@@ -40,7 +40,8 @@ def render(told: Mapping[str, Any]) -> str:
         lines.append(_recall_line(figures["recall_at_k"]))
     if "coverage" in figures:
         lines += ["", *_likeness_lines(figures)]
-    return "\n".join([*lines, "", intervals_told(told["intervals"])])
+    made = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    return "\n".join([*lines, "", intervals_told(told["intervals"]), f"made with {made}"])
 
 
 def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | None) -> list[str]:
@@ -169,6 +170,12 @@ def _success_lines(success: Mapping[str, Any]) -> list[str]:
     return [*lines, f"the best valid one of at most {success['candidates']:,} of a start ({grouped}); "
             f"without a value: {success['without_value']:,}; limits of {success['reference_values']:,} values of the "
             "reference"]  # fmt: skip
+
+
+def _tolerances_line(tolerances: Mapping[str, Mapping[str, float]]) -> str:
+    match, strict = (", ".join(f"{name} {value:g}" for name, value in tolerances[kind].items())
+                     for kind in ("match", "strict"))  # fmt: skip
+    return f"matched: StructureMatcher with {match}; stricter: {strict}; RMSE in units of (V/N)^(1/3)"
 
 
 def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
