@@ -327,7 +327,9 @@ def test_figures_stand_in_groups_and_long_ones_are_folded() -> None:
     page = as_html(groups, ["one", "two"])
     assert page.count("<details>") == 2 and page.count("&lt;2&gt;") == len(names) and "<2>" not in page
     assert page.count("how far") == 1 and "<th scope=col>two</th>" in page
-    assert "<th" not in as_html(groups, ["one"])
+    assert page.count('data-run="two"') == len(names)
+    alone = as_html(groups_of([(name, "1") for name in names], [told]), ["one"])
+    assert "<th" not in alone and "data-run" not in alone
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ h4.group { margin: 1.5rem 0 .3rem; font-size: .95rem; }
   .figures th, .figures td { border: 0; padding: .2rem 0; }
   .figures td:first-child, .figures th:first-child { flex: 1 1 6rem; }
   .figures td:not(:first-child), .figures th:not(:first-child) { margin-left: auto; white-space: normal; }
+  .figures td.told, .several td:first-child { flex: 1 0 100%; }
+  .several thead { display: none; }
+  .several td[data-run] { flex: 1 0 100%; display: flex; justify-content: space-between; gap: 1rem; }
+  .several td[data-run]::before { content: attr(data-run); color: var(--quiet); }
+  .settings td:first-child { min-width: 6.5rem; }
   .wide::after { content: "\\2194  wider than the screen: drag it sideways"; position: sticky; left: 0;
     display: block; width: max-content; color: var(--quiet); font-size: .8rem; }
 }

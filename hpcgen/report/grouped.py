@@ -91,11 +91,17 @@ def _parts(group: Group, runs: Sequence[str]) -> Iterator[str]:
 
 
 def _table(rows: Sequence[tuple[str, str, tuple[str, ...]]], runs: Sequence[str]) -> str:
-    lines = []
+    """On a phone the head goes, and each value of several runs stands beside the name of its own."""
+    several, lines = len(runs) > 1, []
     for name, meaning, values in rows:
-        small = f"<small>{text(meaning)}</small>" if meaning else ""
-        cells = "".join(f"<td>{text(value)}</td>" for value in values)
-        lines.append(f"<tr><td>{text(name)}{small}</td>{cells}</tr>")
+        first = f"<td class=told>{text(name)}<small>{text(meaning)}</small></td>" if meaning else _cell(name)
+        cells = (_cell(value, run if several else "") for run, value in zip(runs, values, strict=True))
+        lines.append(f"<tr>{first}{''.join(cells)}</tr>")
     heads = "".join(f"<th scope=col>{text(name)}</th>" for name in runs)
-    top = f"<thead><tr><th scope=col>figure</th>{heads}</tr></thead>" if len(runs) > 1 else ""
-    return f"<div class='scroll figures'><table>{top}<tbody>{''.join(lines)}</tbody></table></div>"
+    top = f"<thead><tr><th scope=col>figure</th>{heads}</tr></thead>" if several else ""
+    kind = "figures several" if several else "figures"
+    return f"<div class='scroll {kind}'><table>{top}<tbody>{''.join(lines)}</tbody></table></div>"
+
+
+def _cell(value: str, run: str = "") -> str:
+    return f'<td data-run="{text(run)}">{text(value)}</td>' if run else f"<td>{text(value)}</td>"
