@@ -133,6 +133,8 @@ def test_predict(run: Path, reference: Path) -> None:
     assert figures["targets_how"] == "estimated: 21 asked, at most 3 of each"
     assert figures["first"]["share"] == 6 / 7 and figures["best"]["share"] == 6 / 7
     assert figures["best"]["rms"] < 1e-6
+    for name in ("first_valid", "best_valid"):  # the skewed one does not balance, so no sample of it counts
+        assert (figures[name]["count"], figures[name]["of"]) == (5, 7) and figures[name]["rms"] < 1e-6
     assert sum(part["of"] for part in figures["by_num_atoms"]) == 18
     assert sum(part["count"] for part in figures["by_num_atoms"]) == len(rms)
     valid = {row["id"] for row in rows if row["distances"] == row["composition"] == "1"}
@@ -143,7 +145,15 @@ def test_predict(run: Path, reference: Path) -> None:
     assert json.loads((run / "evaluate" / "predict.json").read_text()) == told
     assert sorted(path.name for path in (run / "evaluate").iterdir()) == ["predict.csv", "predict.json"]
     shown = render(told)
-    for part in ("of 21 asked", "best of 3 samples", "2 not-finite", f"{100 * len(rms) / 21:.1f} %", "by target id"):
+    for part in (
+        "of 21 asked",
+        "best of 3 samples",
+        "2 not-finite",
+        f"{100 * len(rms) / 21:.1f} %",
+        "by target id",
+        "ltol 0.3, stol 0.5, angle_tol 10; stricter: ltol 0.2",
+        f"pymatgen {told['versions']['pymatgen']}",
+    ):
         assert part in shown
 
 
@@ -201,6 +211,7 @@ def test_likeness_to_the_reference(run: Path, reference: Path, tmp_path: Path) -
     assert coverage["cut_offs"] == {"structure": 0.4, "composition": 10.0}
     assert coverage["recall"]["count"] == 6, "of 'sixty' there is no crystal"
     assert coverage["without_fingerprint"] == {"run": 0, "reference": 0}
+    assert coverage["valid"] == figures["validity"]["valid"]
     assert figures["samples"] == {"taken": 5, "asked": 5, "short": False, "seed": 2} and valid > 5
     shown = render(found)
     assert "recall, of 7 known" in shown and "of 5 valid crystals, seed 2" in shown and "fewer than" not in shown

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import peers
 import pytest
 import torch
 from known_crystals import (
@@ -98,6 +99,18 @@ def test_composition_is_cdvaes_verdict() -> None:
         verdicts.append(charge_balanced(atoms))
         assert verdicts[-1] == by_cdvae(atoms), [SYMBOLS[z] for z in atoms]
     assert 0.1 < np.mean(verdicts) < 0.9
+
+
+def test_real_compositions_have_smacts_verdict() -> None:
+    """SMACT 2.2.1 itself, called as CDVAE calls it, composition by composition; `by_cdvae` is no other rule."""
+    pytest.importorskip("smact", reason="smact is not installed")
+    some = real(250)
+    parts = [part.tolist() for part in some.atomic_numbers.split(some.num_atoms.tolist())]
+    promethium = ["Na2PmC2O6", "Pm8Te4As3P", "Pm2Co5Si4", "Pm3Ho2ErS6", "Pm2Hg2Au6"]  # no electronegativity
+    parts += [numbers(formula) for formula in (*promethium, "Fe3O4", "NaCl2", "ZrO2", "LaAlO3", "CsPbI3")]
+    verdicts = [charge_balanced(part) for part in parts]
+    assert verdicts == [peers.smact_validity(part) for part in parts] == [by_cdvae(part) for part in parts]
+    assert not all(verdicts)
 
 
 def test_many_elements_end_soon() -> None:

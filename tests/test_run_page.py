@@ -29,6 +29,7 @@ from hpcgen.report.candidates import choose, diffraction
 from hpcgen.report.compare import Histogram, Series
 from hpcgen.report.evaluated import figures_of, meaning_of
 from hpcgen.report.gather import bonds_of, drawn, look_closely, pair_name
+from hpcgen.report.grouped import as_html, groups_of
 from hpcgen.report.run_page import CONTENTS, Request, write_report
 from hpcgen.report.solid import solid
 from hpcgen.report.spread import Spread
@@ -308,6 +309,27 @@ def test_figures_that_are_not_known_are_shown() -> None:
         "list": "30 values, see the JSON file",
     }
     assert meaning_of("cov.recall", [told]) == "of what" and meaning_of("flag", [told]) == ""
+
+
+def test_figures_stand_in_groups_and_long_ones_are_folded() -> None:
+    names = ["validity.valid", "validity.radii", "far.density", *(f"far.of_pairs.{n}" for n in range(10))]
+    names += [f"by_num_atoms.atoms {n}.valid" for n in range(21)] + ["alone", "deep.a.b", "deep.a.c"]
+    told = {"definitions": {"validity": "of all", "radii": "half", "far": "how far", "alone": "by itself"}}
+    groups = groups_of([(name, "1", "<2>") for name in names], [told])
+    assert [group.title for group in groups] == [
+        "Validity", "Far", "Validity by number of atoms", "Deep", "Further figures"
+    ]  # fmt: skip
+    validity, far, sizes, deep, single = groups
+    assert (validity.meaning, [row[:2] for row in validity.rows]) == ("of all", [("valid", ""), ("radii", "half")])
+    assert [row[0] for row in far.rows] == ["density"] and len(far.folded["of_pairs"]) == 10
+    assert not sizes.rows and len(sizes.folded[""]) == 21 and sizes.folded[""][0][0] == "atoms 0 · valid"
+    assert [row[0] for row in deep.rows] == ["a · b", "a · c"] and single.rows == [("alone", "by itself", ("1", "<2>"))]
+    page = as_html(groups, ["one", "two"])
+    assert page.count("<details>") == 2 and page.count("&lt;2&gt;") == len(names) and "<2>" not in page
+    assert page.count("how far") == 1 and "<th scope=col>two</th>" in page
+    assert page.count('data-run="two"') == len(names)
+    alone = as_html(groups_of([(name, "1") for name in names], [told]), ["one"])
+    assert "<th" not in alone and "data-run" not in alone
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team
 from hpcgen.screen.potential import potential_named
 from hpcgen.store.layout import read_manifest
-from hpcgen.store.read import Store
+from hpcgen.store.read import Store, refuse_damaged
 
 CONTROL = 2000  # crystals of the reference that the control looks at
 PRELOAD = ("hpcgen.campaign.novelty", "hpcgen.campaign.measure", "pymatgen.analysis.structure_matcher",
@@ -51,6 +51,8 @@ def evaluate(request: Request, out: Path | None, team: Team, processes: int | No
     Raises UsageError, InputError, StorageError, StoppedEarly, TooManyFailed if blocks failed.
     """
     out = out or request.run / "evaluate" / f"{request.task}.json"
+    for store in filter(None, (request.run, request.reference)):
+        refuse_damaged(store)
     if out.suffix == ".csv" or out.is_dir():
         raise UsageError(f"--json {out}: want the name of a JSON file; the table goes beside it as CSV")
     written = _written(request.run)

@@ -13,7 +13,7 @@ from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.crystal.magpie import magpie_features
 from hpcgen.metrics.bonds import Lengths, bonds, element_divergence, lengths_apart
-from hpcgen.metrics.bootstrap import mean
+from hpcgen.metrics.bootstrap import mean, share
 from hpcgen.metrics.coverage import (
     CUT_OFFS,
     chosen,
@@ -64,6 +64,7 @@ class Likeness:
             whole.add(crystals, _scaled(crystals), np.arange(len(crystals)), measured[rows] - start)
         beside = (known[there_known], whole.features[there_known])
         told = coverage(parts(), beside, asked, CUT_OFFS[self.cut_offs], self.seed)
+        told["valid"] = share(int((valid & there).sum()), asked, self.seed)
         told["without_fingerprint"] = {"run": int((~there).sum()), "reference": int((~there_known).sum())}
         lengths = lengths_apart(sampled.lengths, whole.lengths)
         most = sorted(lengths, key=lambda pair: (-lengths[pair][1], pair))[:TOLD]

@@ -4,6 +4,11 @@ A composition is valid if it is one element, or metals alone, or if each element
 states so that the charges sum to zero and every cation is less electronegative than every anion. CDVAE tries every
 combination of states, which for ten elements never ends; here the sums of charge are counted up instead: a number of
 steps that grows with the cube of the number of elements, and the same verdict.
+
+The tables are those of SMACT 2.2.1, which CDVAE and its successors score with. Of 6,176 compositions of known crystals
+SMACT 2.2.1 itself says the same of every one, SMACT 4.0.2 with `oxidation_states_set="smact14"` otherwise of 15, and
+with its own default, the states that the ICSD of 2024 bears out, of 364 (236 are valid there alone, 128 here alone):
+figures by another version are not to be compared with these.
 """
 
 import json

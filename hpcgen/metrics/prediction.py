@@ -11,7 +11,8 @@ from hpcgen.metrics.summary import Table, by_size
 DEFINITIONS = {
     "match_rate": "predictions that StructureMatcher matches to their target over all asked, so the mean over the "
     "samples of a target; rejected and not compared ones count as not matched",
-    "match_rate_valid": "only valid predictions count as matched (CDVAE), over all asked",
+    "match_rate_valid": "only valid predictions count as matched (CDVAE), over all asked; a crystal is valid here "
+    "without regard to its fingerprint, of which CDVAE also wants that it can be computed",
     "match_rate_both_valid": "only where prediction and target are valid (DiffCSP), over all asked",
     "ceiling": "crystals asked for whose target is valid: the most that match_rate_both_valid can be; over all asked, "
     "but for those rejected of which it is not known what they asked for",
@@ -23,6 +24,8 @@ DEFINITIONS = {
     "first": "sample 0 of each target, which matches nothing if it was rejected, over targets; of a store that is no "
     "campaign's the first one written",
     "best": "targets matched by any of their samples, over targets, and the mean of their lowest rms",
+    "first_valid": "first, where it counts only if it is valid",
+    "best_valid": "best of the valid samples alone (CDVAE, DiffCSP: of k samples)",
     "metre": "crystals of the reference that any prediction of their composition and size matches, over all of the "
     "reference (METRe), and the mean over these of the lowest rms, the tolerance 0.5 where there is no match (cRMSE; "
     "Martirossyan et al. 2025); only with --pair composition",
@@ -47,7 +50,7 @@ def predict_figures(
         "ceiling": _ceiling(table, asked, seed, lines, lost or {}),
         "match_rate_strict": _rate(table.flag("matched_strict"), table.line, each, seed),
         **targets,
-        **_per_target(table, len(each), seed),
+        **_per_target(table, valid, len(each), seed),
         "by_num_atoms": [
             {"atoms": atoms, **_matches(table.rms[some], *_among(table.line[some]), seed)}
             for atoms, some in by_size(table.num_atoms)
@@ -80,15 +83,16 @@ def _targets(table: Table, asked: int, lines: int | None) -> tuple[dict[str, Any
     return {"targets": targets, "targets_how": how, "samples_per_target": k}, each
 
 
-def _per_target(table: Table, targets: int, seed: int) -> dict[str, Any]:
-    """First and best of the samples of each target."""
-    lowest = np.full(targets, np.nan)
-    np.fmin.at(lowest, table.line, table.rms)
+def _per_target(table: Table, valid: np.ndarray, targets: int, seed: int) -> dict[str, Any]:
+    """First and best of the samples of each target, of all and of the valid (N,) alone."""
     first, one = table.sample == 0, np.ones(targets)
-    return {
-        "first": _matches(table.rms[first], table.line[first], one, seed),
-        "best": _matches(lowest, np.arange(targets), one, seed),
-    }
+    figures = {}
+    for end, rms in (("", table.rms), ("_valid", np.where(valid, table.rms, np.nan))):
+        lowest = np.full(targets, np.nan)
+        np.fmin.at(lowest, table.line, rms)
+        figures[f"first{end}"] = _matches(rms[first], table.line[first], one, seed)
+        figures[f"best{end}"] = _matches(lowest, np.arange(targets), one, seed)
+    return figures
 
 
 def _among(line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ def render(told: Mapping[str, Any]) -> str:
         head.append(("not compared", ", ".join(f"{n:,} {reason}" for reason, n in told["not_measured"].items())))
     lines = [f"{name:<13} {value}" for name, value in head]
     if told["task"] == "predict":
-        lines += ["", *_predict_lines(figures)]
+        lines += ["", *_predict_lines(figures), _tolerances_line(told["tolerances"])]
     if "success" in figures:
         lines += ["", *_success_lines(figures["success"])]
     lines += ["", *_validity_lines(figures["validity"], told["control"])]
@@ -40,7 +40,8 @@ def render(told: Mapping[str, Any]) -> str:
         lines.append(_recall_line(figures["recall_at_k"]))
     if "coverage" in figures:
         lines += ["", *_likeness_lines(figures)]
-    return "\n".join([*lines, "", intervals_told(told["intervals"])])
+    made = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
+    return "\n".join([*lines, "", intervals_told(told["intervals"]), f"made with {made}"])
 
 
 def _validity_lines(validity: Mapping[str, Any], control: Mapping[str, Any] | None) -> list[str]:
@@ -115,6 +116,7 @@ def _likeness_lines(figures: Mapping[str, Any]) -> list[str]:
     heads = ["share", "structures apart", "compositions apart"]
     names = [f"recall, of {told['recall']['of']:,} known", f"precision, of {told['precision']['of']:,} asked"]
     lines = aligned("coverage", names, heads, list(zip(*rows, strict=True)))
+    lines.append(f"valid, and with a fingerprint (CDVAE): {share_told(told['valid'])} of asked")
     lines.append(f"cut-offs {near['structure']:g} and {near['composition']:g}; without a fingerprint: "
                  f"{lost['run']:,} of the run, {lost['reference']:,} of the reference")  # fmt: skip
     apart, spread = figures["wasserstein"], figures["diversity"]
@@ -170,6 +172,12 @@ def _success_lines(success: Mapping[str, Any]) -> list[str]:
             "reference"]  # fmt: skip
 
 
+def _tolerances_line(tolerances: Mapping[str, Mapping[str, float]]) -> str:
+    match, strict = (", ".join(f"{name} {value:g}" for name, value in tolerances[kind].items())
+                     for kind in ("match", "strict"))  # fmt: skip
+    return f"matched: StructureMatcher with {match}; stricter: {strict}; RMSE in units of (V/N)^(1/3)"
+
+
 def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
     k = figures["samples_per_target"]
     rows = [
@@ -179,7 +187,12 @@ def _predict_lines(figures: Mapping[str, Any]) -> list[str]:
         ("stricter tolerances", figures["match_rate_strict"]),
     ]
     if k > 1:
-        rows += [("first sample of a target", figures["first"]), (f"best of {k} samples", figures["best"])]
+        rows += [
+            ("first sample of a target", figures["first"]),
+            ("  valid ones only", figures["first_valid"]),
+            (f"best of {k} samples", figures["best"]),
+            ("  valid ones only", figures["best_valid"]),
+        ]
     for part in figures["by_num_atoms"]:
         rows.append((_sizes_named(part["atoms"]), part))
     columns = [

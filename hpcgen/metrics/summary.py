@@ -37,7 +37,8 @@ DEFINITIONS = {
     "coverage": "recall: crystals of the reference within both cut-offs of the nearest crystal of the run in structure "
     "and of the nearest in composition, which may be two; precision: crystals of the run likewise, over all asked; "
     "amsd, amcd: mean distances to the nearest in structure and in composition; Euclidean distances of the mean of the "
-    "sites' CrystalNN fingerprints (matminer's preset ops) and of Magpie features scaled as in CDVAE",
+    "sites' CrystalNN fingerprints (matminer's preset ops) and of Magpie features scaled as in CDVAE; valid: crystals "
+    "that are valid and have a fingerprint, as CDVAE counts them, over all asked",
     "wasserstein": "distances of the samples to the whole reference, of density in g/cm³, of the number "
     "of elements and of the energy in eV/atom (CDVAE), and of the bond lengths in Å of each pair of elements with 10 "
     "bonds on both sides, their mean over the bonds of the samples (of a reference of more than 10,000 "

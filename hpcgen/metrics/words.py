@@ -29,7 +29,7 @@ def number(value: float | None, digits: int = 4) -> str:
 def intervals_told(intervals: Mapping[str, Any]) -> str:
     """What stands in brackets."""
     level, resamples, seed = (intervals[name] for name in ("level", "resamples", "seed"))
-    return f"in brackets {level:.0%} intervals: bootstrap, {resamples:,} resamples, seed {seed}"
+    return f"in brackets {100 * level:g} % intervals: bootstrap, {resamples:,} resamples, seed {seed}"
 
 
 def aligned(title: str, names: Sequence[str], heads: Sequence[str], columns: Sequence[Sequence[str]]) -> list[str]:

@@ -38,13 +38,25 @@ canvas { display: block; width: 100%; max-width: 21rem; aspect-ratio: 1; margin:
   touch-action: pan-y; }
 canvas:focus-visible { outline: 2px solid var(--ink); }
 article dl { grid-template-columns: 1fr; margin-bottom: .6rem; font-size: .9rem; }
+h4.group { margin: 1.5rem 0 .3rem; font-size: .95rem; }
+.meaning, .figures small { color: var(--quiet); font-size: .85rem; max-width: 52rem; }
+.meaning { margin: 0 0 .4rem; }
+.figures small { display: block; }
+.figures table { width: 100%; }
+.figures td:first-child { white-space: normal; }
+.figures td { vertical-align: top; }
 @media (max-width: 700px) {
-  .wordy thead, .wordy tbody { display: block; }
-  .wordy tr { display: flex; flex-wrap: wrap; gap: 0 1rem; border-bottom: 1px solid #eef1f3; }
-  .wordy th, .wordy td { border: 0; white-space: normal; overflow-wrap: anywhere; }
-  .wordy th:first-child, .wordy td:first-child { flex: 1 1 8rem; }
-  .wordy th:last-child, .wordy td:last-child { flex: 1 0 100%; color: var(--quiet); }
-  .wordy th:last-child { display: none; }
+  .figures tr { display: flex; flex-wrap: wrap; gap: 0 1rem; border-bottom: 1px solid #eef1f3; }
+  .figures th, .figures td { border: 0; padding: .2rem 0; }
+  .figures td:first-child, .figures th:first-child { flex: 1 1 6rem; }
+  .figures td:not(:first-child), .figures th:not(:first-child) { margin-left: auto; white-space: normal; }
+  .figures td.told, .several td:first-child { flex: 1 0 100%; }
+  .several thead { display: none; }
+  .several td[data-run] { flex: 1 0 100%; display: flex; justify-content: space-between; gap: 1rem; }
+  .several td[data-run]::before { content: attr(data-run); color: var(--quiet); }
+  .settings td:first-child { min-width: 6.5rem; }
+  .wide::after { content: "\\2194  wider than the screen: drag it sideways"; position: sticky; left: 0;
+    display: block; width: max-content; color: var(--quiet); font-size: .8rem; }
 }
 .key { margin: .2rem 0 .6rem; font-size: .85rem; text-align: center; color: var(--quiet); }
 """

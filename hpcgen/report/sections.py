@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from hpcgen.metrics.summary import RULES
 from hpcgen.report.compare import draw_bars, draw_curves, legend_rows
 from hpcgen.report.distributions import (
     Row,
@@ -22,8 +23,9 @@ from hpcgen.report.distributions import (
     wide_pictures,
 )
 from hpcgen.report.done import asked_and_done, settings_of
-from hpcgen.report.evaluated import figures_of, intervals_of, meaning_of, raw_figures, validity_of
+from hpcgen.report.evaluated import figures_of, intervals_of, raw_figures, validity_of
 from hpcgen.report.gather import BOND, SYMPREC, Gathered
+from hpcgen.report.grouped import as_html, groups_of
 from hpcgen.report.parts import fact_list, figure, grid, section, table, text
 from hpcgen.report.pictures import WIDE, Picture, picture
 from hpcgen.report.run import Run
@@ -121,9 +123,9 @@ def validity_part(runs: Sequence[Run], reference: Path | None) -> Part:
                         "then make this page again.</p>")  # fmt: skip
     rules, series = validity_of(runs)
     if rules:
-        names = [rule.replace("_", " ") for rule in rules]
+        names = [RULES.get(rule, rule.replace("_", " ")) for rule in rules]
         high = 0.62 + len(rules) * max(0.13 * len(series), 0.2) + 0.155 * legend_rows(len(series))
-        box = (0.19, 0.4 / high, 0.79, (high - 0.66 - 0.155 * legend_rows(len(series))) / high)
+        box = (0.245, 0.4 / high, 0.735, (high - 0.66 - 0.155 * legend_rows(len(series))) / high)
         title = "Crystals that keep each rule, % of all asked for"
         draw = partial(draw_bars, title=title, names=names, series=series)
         part.pictures.append(picture(title, (WIDE, high), box, draw, wide=True, name="validity"))
@@ -138,15 +140,12 @@ def _evaluation(runs: Sequence[Run], task: str, part: Part) -> str:
     """One evaluation of the runs that have it: every figure with what defines it."""
     having = [run for run in runs if task in run.evaluations]
     told = [run.evaluations[task] for run in having]
-    rows = _columns(having, [figures_of(each) for each in told])
-    meanings = [meaning_of(str(row[0]), told) for row in rows]
-    first = [meaning if meaning not in meanings[:at] else "" for at, meaning in enumerate(meanings)]  # said once
-    rows = [(*row, meaning) for row, meaning in zip(rows, first, strict=True)]
-    heads = ("figure", *(run.name for run in having), "what defines it")
+    rows = [tuple(map(str, row)) for row in _columns(having, [figures_of(each) for each in told])]
+    names_of_runs = [run.name for run in having]
     raw = [dict(raw_figures(each["figures"])) for each in told]
     names = dict.fromkeys(name for each in raw for name in each)
     values = [(name, *("" if (one := each.get(name)) is None else one for each in raw)) for name in names]
-    part.tables[f"evaluation_{task}"] = Table(heads[:-1], values)
+    part.tables[f"evaluation_{task}"] = Table(("figure", *names_of_runs), values)
     said = []
     for run, each in zip(having, told, strict=True):
         lost = each.get("not_measured") if isinstance(each.get("not_measured"), dict) else {}
@@ -157,9 +156,8 @@ def _evaluation(runs: Sequence[Run], task: str, part: Part) -> str:
         ]  # fmt: skip
         said.append(f"{run.name}: {'; '.join(filter(None, facts))}.")
     said.append(intervals_of(told))
-    return (
-        f"<h3>{text(task)}</h3>{paragraph(' '.join(said))}{table(heads, [tuple(map(str, r)) for r in rows], 'wordy')}"
-    )
+    groups = as_html(groups_of(rows, told), names_of_runs)
+    return f"<h3>{text(f'Evaluated: {task}')}</h3>{paragraph(' '.join(said))}{groups}"
 
 
 # ---- distributions ---------------------------------------------------------------------------------------------------

@@ -242,6 +242,16 @@ class Store:
         return arrays
 
 
+def refuse_damaged(path: Path) -> None:
+    """Raise InputError for the first shard of a store that is missing, cut short or of another making.
+
+    To be asked at the door: opens every shard and reads none.
+    """
+    manifest = read_manifest(path)
+    for listed in manifest.shards:
+        open_shard(Path(path) / listed.name, listed=listed, settings_hash=manifest.head.settings_hash).close()
+
+
 def _places(indices: Sequence[int] | np.ndarray | Tensor, length: int) -> np.ndarray:
     """Indices, those from the end too, or a mask (length,) as places 0 to length - 1. (N,) int64."""
     given = np.asarray(indices)
