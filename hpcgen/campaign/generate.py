@@ -168,9 +168,9 @@ def _all_workers(config: CampaignConfig, team: Team) -> int:
 
 
 def _block_size(config: CampaignConfig, team: Team) -> int:
-    """Whole tiles: four blocks for each worker, or fewer where that would make many files."""
+    """Whole tiles: 16 blocks for each worker, so that all end at about the same time; fewer if that is many files."""
     workers = _all_workers(config, team)
-    blocks = workers * max(1, min(4, MANY // workers))
+    blocks = workers * max(1, min(16, MANY // workers))
     tiles = -(-config.asked // (blocks * config.tile))
     return config.tile * max(1, min(tiles, BLOCK // config.tile))
 
