@@ -101,6 +101,15 @@ def test_a_piece_that_kills_its_worker_is_rejected(checkpoint: Path, tmp_path: P
     assert len(lost) < 32
 
 
+def test_tiles_encoded_while_the_next_is_sampled_are_the_same(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "whole", n=64, tile=16, block=64)
+    config = generate.read_config(tmp_path / "whole")
+    block = blocks_of(tmp_path, 64, 64)[0]
+    cursor = Cursor([0, 0, 0, 0], lambda: None, keep_of(block.path))
+    MakeBlock(config, None, 0, "", overlapped=True)(block, block.path, cursor)
+    assert block.path.read_bytes() == (tmp_path / "whole" / block.path.name).read_bytes()
+
+
 def test_pieces_too_large_for_memory_are_halved(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
     run(checkpoint, tmp_path / "whole", n=48)
     sample = AutoPeri.sample

@@ -9,8 +9,10 @@ all-00002-to-600.h5   the last block of n = 600; when n grows, all-00002.h5 take
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +70,14 @@ class MakeBlock:
     targets: Targets | None
     rank: int
     token: str
+    overlapped: bool = False  # a tile is encoded in a second thread, while the next is sampled
 
     def __call__(self, block: Block, draft: Path, cursor: Cursor) -> None:
         """Sample what is not there yet, write the draft. Raises StoppedEarly at any sampling step, StorageError."""
         began, used = time.perf_counter(), time.process_time()
         sampler = Sampler(self.config, self.targets)
         tiles = _Tiles(self.config, sampler, block, cursor)
-        arrays = join(list(tiles.all()))
+        arrays = join(tiles.all(overlapped=self.overlapped))
         cursor.rest()
         write_arrays(draft, arrays, head_of(self.config), name=block.path.name, split="all")
         append_json_line(
@@ -97,17 +100,21 @@ class _Tiles:
         self.kept = Kept(cursor.keep, [path for path in others if path.suffix == KEPT])
         self.shorter = _Shorter([path for path in others if path.suffix == ".h5"], config)
 
-    def all(self) -> Iterator[Arrays]:
+    def all(self, *, overlapped: bool) -> list[Arrays]:
         """Every tile, encoded, of the crystals asked for."""
-        size = self.config.tile
-        for start in range(self.start, self.stop, size):
-            stop = min(start + size, self.stop)
-            tile = self.shorter.tile(start, stop)
-            if tile is None:
-                tile = encoded(self._sampled(np.arange(start, start + size), stop), stop, self.config, self.sampler)
-            else:
-                self._done += stop - start
-            yield tile
+        size, made = self.config.tile, []
+        with ThreadPoolExecutor(1) as second:
+            for start in range(self.start, self.stop, size):
+                stop = min(start + size, self.stop)
+                tile = self.shorter.tile(start, stop)
+                if tile is None:
+                    sampled = self._sampled(np.arange(start, start + size), stop)
+                    encoding = partial(encoded, sampled, stop, self.config, self.sampler)
+                    made.append(second.submit(encoding) if overlapped else encoding())
+                else:
+                    self._done += stop - start
+                    made.append(tile)
+        return [tile.result() if isinstance(tile, Future) else tile for tile in made]
 
     def _sampled(self, index: np.ndarray, stop: int) -> Sampled:
         """The pieces of a tile (T,), without those that have no crystal below `stop`."""

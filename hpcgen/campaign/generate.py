@@ -59,7 +59,7 @@ def campaign(config: CampaignConfig) -> Summary | None:
             blocks = blocks_of(run, config.asked, config.block)
             if team.rank == 0:
                 _tell_plan(config, facts, targets, team, len(blocks))
-            work = MakeBlock(config, targets, team.rank, team.token)
+            work = MakeBlock(config, targets, team.rank, team.token, overlapped=config.device == "cuda")
             how = How(_workers(config, team), PRELOAD, item_timeout_s=None, label="crystals")
             run_blocks(blocks, work, lease=lease, stop=stop, how=how).refuse_failed(run, len(blocks))
             if team.rank and (not lease.leads() or is_finished(run, config, blocks)):
