@@ -234,6 +234,7 @@ def _add_campaign(verbs: argparse._SubParsersAction) -> None:
     add("--device", choices=DEVICES, default=default.device, help="(default: %(default)s)")
     add("--tile", type=int, default=0, metavar="T", help="crystals always sampled together (default: by device)")
     add("--pairs", type=int, default=0, metavar="P", help="of atoms looked at together (default: by device)")
+    add("--tune", action="store_true", help="measure for some seconds which tile and pairs are fastest, and keep them")
     add("--block", type=int, default=0, metavar="B", help="crystals of a file, a multiple of T (default: by n)")
     add("--processes", type=int, metavar="P", help="workers of each rank; 0: none but itself (default: all cores)")
     campaign.set_defaults(run=_campaign, resumable=True, job=_campaign_job)

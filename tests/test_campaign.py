@@ -19,7 +19,7 @@ import torch
 from campaign_jobs import MOST, Launch, content, litter, make_checkpoint, rejected, run
 from store_rows import HEAD, rows
 
-from hpcgen.campaign.config import PACKAGED, CampaignConfig
+from hpcgen.campaign.config import PACKAGED, CampaignConfig, read_config
 from hpcgen.campaign.pieces import Kept, Sampled, pieces
 from hpcgen.campaign.sampling import Sampler, size_chances
 from hpcgen.campaign.targets import targets_of
@@ -69,6 +69,22 @@ def test_the_summary_counts_everything(whole: Path) -> None:
     lines = read_json_lines(whole / "metrics.jsonl")
     assert sum(line["crystals"] for line in lines) == N and len(lines) == 4
     assert [line["event"] for line in read_json_lines(whole / "events.jsonl")] == ["start", "done"]
+
+
+def test_sizes_measured_at_the_start_are_those_of_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    tuned = {"tune": True, "tile": 0, "block": 0}
+    run(checkpoint, tmp_path / "run", n=300, **tuned)
+    config, events = read_config(tmp_path / "run"), read_json_lines(tmp_path / "run" / "events.jsonl")
+    trials = next(event for event in events if event["event"] == "tuned")["trials"]
+    assert {trial["tile"] for trial in trials} == {64, 128, 256}  # of 512 some of the 300 would be none
+    best = max(trials, key=lambda trial: trial["crystals_per_s"])
+    assert (config.tile, config.pairs) == (best["tile"], best["pairs"])
+
+    run(checkpoint, tmp_path / "same", n=400, tile=config.tile, pairs=config.pairs, block=0)
+    assert run(checkpoint, tmp_path / "run", n=400, **tuned).sampled < 400
+    assert content(tmp_path / "run") == content(tmp_path / "same")
+    with pytest.raises(UsageError, match="was begun with tile = "):
+        run(checkpoint, tmp_path / "run", n=400, **{**tuned, "tile": 3 * config.tile})
 
 
 def test_again_does_nothing(checkpoint: Path, whole: Path) -> None:

@@ -19,8 +19,9 @@ PAIRS = {"cpu": 2**14, "cuda": 2**21}  # 40 and 5,000 crystals of 20 atoms
 BLOCK = 8192  # most crystals of a block, unless it is asked for: some 30 MB at work, 1 MB on disk
 MANY = 400  # blocks of a run, unless there are more processes or more crystals than fit into so many
 _FREE = {
-    "n", "out", "processes", "checkpoint", "formulas", "split", "limit", "per_formula", "torch",
+    "n", "out", "processes", "checkpoint", "formulas", "split", "limit", "per_formula", "tune", "torch",
 }  # fmt: skip
+_MEASURED = {"block", "tile", "pairs"}  # where they are left out those of the folder go on
 _NO_CRYSTAL = {"block"}  # may not change within a run folder, but no crystal depends on it
 
 
@@ -53,6 +54,7 @@ class CampaignConfig:
     device: str = "auto"
     tile: int = 0  # consecutive crystals that are always sampled together
     pairs: int = 0  # of atoms looked at together: a tile is divided accordingly
+    tune: bool = False  # tile and pairs that are 0 are measured when the run begins, else those of the device are taken
     block: int = 0  # crystals of a file, whole tiles
     processes: int | None = None  # workers of each rank; 0: in the rank's own process; all cores, one under MPI
     torch: str = ""  # version
@@ -164,11 +166,11 @@ def read_conditions(words: Sequence[str]) -> dict[str, float]:
 
 
 def refuse_changes(old: CampaignConfig, new: CampaignConfig) -> None:
-    """Raise UsageError if `new` (resolved, but for block = 0) would make other crystals or files than `old` did."""
+    """Raise UsageError if `new` (resolved, but for what is measured) would make other crystals or files than `old`."""
     paths = {"checkpoint_sha256": "checkpoint", "targets_sha256": "formulas"}
     before, now = asdict(old), asdict(new)
     for name in before:
-        if name in _FREE or before[name] == now[name] or (name == "block" and not new.block):
+        if name in _FREE or before[name] == now[name] or (name in _MEASURED and not now[name]):
             continue
         key = paths.get(name, name)
         told = [f"{which[key]} (sha256 {which[name][:12]})" if name in paths else f"{which[name]!r}"

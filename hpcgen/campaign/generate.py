@@ -26,6 +26,7 @@ from hpcgen.campaign.config import (
 from hpcgen.campaign.sampling import load_once
 from hpcgen.campaign.summary import Summary, finish, is_finished
 from hpcgen.campaign.targets import Targets, targets_of
+from hpcgen.campaign.tuning import tried
 from hpcgen.config import to_yaml
 from hpcgen.crystal.composition import SYMBOLS
 from hpcgen.errors import InputError, UsageError
@@ -55,7 +56,7 @@ def campaign(config: CampaignConfig) -> Summary | None:
         run = Path(config.out)
         _refuse_other(run, config)
         with Lease.take(run, team) as lease:
-            config = _settle(run, config, lease, stop)
+            config = _settle(run, config, targets, lease, stop)
             blocks = blocks_of(run, config.asked, config.block)
             if team.rank == 0:
                 _tell_plan(config, facts, targets, team, len(blocks))
@@ -93,8 +94,8 @@ def _resolved(
         checkpoint_sha256=sha256,
         targets_sha256=targets.sha256 if targets is not None else "",
         device=kind,
-        tile=config.tile or TILE[kind],
-        pairs=config.pairs or PAIRS[kind],
+        tile=config.tile or (0 if config.tune else TILE[kind]),
+        pairs=config.pairs or (0 if config.tune else PAIRS[kind]),
         torch=torch.__version__,
     ).checked()
     return resolved, facts
@@ -140,17 +141,32 @@ def _refuse_other(run: Path, config: CampaignConfig) -> None:
         raise UsageError(f"{run}: holds {foreign[0]!r} and no campaign; want a new or empty folder with --out")
 
 
-def _settle(run: Path, config: CampaignConfig, lease: Lease, stop: StopFlag) -> CampaignConfig:
-    """Agree with the others, and with earlier launches, on the size of a block; put the config into the folder."""
-    fresh = dataclasses.replace(config, block=config.block or _block_size(config, lease.team))
-    once(run / CONFIG, lambda draft: draft.write_text(to_yaml(fresh), encoding="utf-8"), lease=lease, stop=stop)
+def _settle(run: Path, config: CampaignConfig, targets: Targets | None, lease: Lease, stop: StopFlag) -> CampaignConfig:
+    """Agree with the others, and with earlier launches, on what is measured; put the config into the folder."""
+
+    def begin(draft: Path) -> None:
+        fresh = _measured(run, config, targets, lease.team) if config.tune else config
+        fresh = dataclasses.replace(fresh, block=fresh.block or _block_size(fresh, lease.team))
+        draft.write_text(to_yaml(fresh), encoding="utf-8")
+
+    once(run / CONFIG, begin, lease=lease, stop=stop)
     old = read_config(run)
     refuse_changes(old, config)  # two launches may have begun at the same moment
-    settled = dataclasses.replace(config, block=old.block)
+    settled = dataclasses.replace(config, block=old.block, tile=old.tile, pairs=old.pairs)
     if lease.is_taker and settled.n != old.n:
         append_json_line(run / EVENTS, event="grown", before=old.n, n=settled.n)
         write_whole(run / CONFIG, to_yaml(settled), token=lease.token)
     return settled
+
+
+def _measured(run: Path, config: CampaignConfig, targets: Targets | None, team: Team) -> CampaignConfig:
+    """With the fastest tile and pairs. What others gave is in the events of the folder."""
+    trials = tried(config, targets, _all_workers(config, team))
+    if not any(trial.crystals_per_s for trial in trials):
+        raise UsageError("--tune: no tile could be measured; want --tile and --pairs")
+    append_json_line(run / EVENTS, event="tuned", trials=[dataclasses.asdict(trial) for trial in trials])
+    best = max(trials, key=lambda trial: trial.crystals_per_s)
+    return dataclasses.replace(config, tile=best.tile, pairs=best.pairs)
 
 
 def _workers(config: CampaignConfig, team: Team) -> int:
