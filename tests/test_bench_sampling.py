@@ -11,13 +11,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from hpcgen.campaign.config import PAIRS, TILE
+from hpcgen.campaign.config import PACKAGED, PAIRS, TILE, CampaignConfig
+from hpcgen.campaign.pieces import Piece, pieces
+from hpcgen.campaign.sampling import Sampler
+from hpcgen.diffusion.draw import Draw
 from hpcgen.files import read_json_lines
 from hpcgen.runner.cores import usable_cores
+from hpcgen.store.layout import sha256_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KIND = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,3 +59,69 @@ def test_speed_of_sampling(tmp_path: Path) -> None:
         workers = {"cpu": usable_cores(), "cuda": 1}[KIND]
         print(f"| {name} | {told['crystals_per_s']:.1f} | {N / cpu:.1f} | {seconds:.1f} | {told['outside']:.2%} "
               f"| {1 - inside / (workers * seconds):.1%} | {sum(told['rejected'].values())} |", flush=True)  # fmt: skip
+
+
+# ---- what it costs that every crystal can be made again, bit for bit -------------------------------------------------
+
+
+class Torchs(Draw):
+    """Numbers of torch's own generator, as many as are asked for: no crystal can be made again from them."""
+
+    def _drawn(self, like: torch.Tensor, sites: int | None, channels: int) -> torch.Tensor:
+        shape = (len(like), channels) if sites is None else (len(like), sites, channels)
+        return torch.empty(shape, device=like.device)
+
+    def uniform(self, purpose: Any, index: Any, step: Any = 0, sites: Any = None, channels: int = 1,
+                dtype: torch.dtype = torch.float32) -> torch.Tensor:  # fmt: skip
+        return self._drawn(index, sites, channels).uniform_().to(dtype)
+
+    def normal(self, purpose: Any, index: Any, step: Any = 0, sites: Any = None, channels: int = 1,
+               dtype: torch.dtype = torch.float32) -> torch.Tensor:  # fmt: skip
+        return self._drawn(index, sites, channels).normal_().to(dtype)
+
+
+def clock() -> float:
+    """Of the processor; on a GPU by the wall, after all that was asked of it."""
+    if KIND == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@pytest.mark.bench
+@pytest.mark.usefixtures("threads_restored")
+def test_cost_of_exactness() -> None:
+    """One process, each promise left out in turn."""
+    config = CampaignConfig(n=N, device=KIND, tile=TILE[KIND], pairs=PAIRS[KIND], checkpoint_sha256=sha256_of(PACKAGED))
+    sampler, index = Sampler(config, None), np.arange(N)
+    sizes = sampler.num_atoms(index)
+    starts = range(0, N, config.tile)
+    tiled = [part for at in starts for part in pieces(index[at : at + config.tile], sizes[at : at + config.tile],
+                                                      config.pairs)]  # fmt: skip
+    most = max(len(part.index) for part in tiled)
+    by_size = [np.flatnonzero(sizes == size) for size in np.unique(sizes)]
+    unpadded = [Piece(0, some, sizes[some], int(sizes[some[0]])) for same in by_size
+                for some in np.array_split(same, -(-len(same) // most))]  # fmt: skip
+    philox, torchs = sampler.draw, Torchs(config.seed)
+    variants = {
+        "all as in a campaign": (tiled, philox, True),
+        "no tiles: crystals of one size together, without padding": (unpadded, philox, True),
+        "torch's own random numbers": (tiled, torchs, True),
+        **({"any kernels": (tiled, philox, False)} if KIND == "cuda" else {}),
+        "nothing promised": (unpadded, torchs, False),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(4):
+        for name, (parts, draw, exact) in variants.items():
+            sampler.draw = draw
+            torch.use_deterministic_algorithms(exact and KIND == "cuda", warn_only=True)
+            began = clock()
+            made = sum(len(sampler.sample(part, lambda: None).num_atoms) for part in parts)
+            assert made >= N
+            if turn:  # the first warms up
+                spent[name].append(clock() - began)
+    torch.use_deterministic_algorithms(False)
+    least = min(spent["all as in a campaign"])
+    print(f"\n{N:,} crystals, {config.steps} steps\n| | crystals/s | faster by |\n| --- | --- | --- |")
+    for name, seconds in spent.items():
+        print(f"| {name} | {N / min(seconds):.1f} | {least / min(seconds) - 1:.1%} |")
