@@ -20,7 +20,7 @@ from pathlib import Path
 from hpcgen.campaign.config import SUMMARY
 from hpcgen.campaign.evaluate import PRELOAD, rows_per_block
 from hpcgen.crystal.check import check
-from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.crystals import Crystals, no_crystals
 from hpcgen.crystal.refused import Refused
 from hpcgen.errors import InputError, StorageError, UsageError
 from hpcgen.files import make_folder, write_json
@@ -37,14 +37,7 @@ from hpcgen.store.layout import MANIFEST, REJECTS, Head, shard_info, shard_name,
 from hpcgen.store.parse import CULPRITS
 from hpcgen.store.rows import Rows
 from hpcgen.store.source import Raw
-from hpcgen.store.staging import (
-    Refusal,
-    encode_refusals,
-    make_column,
-    no_crystals,
-    read_refusals,
-    write_rejects,
-)
+from hpcgen.store.staging import Refusal, encode_refusals, make_column, read_refusals, write_rejects
 from hpcgen.store.write import encode, write_arrays
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from hpcgen.crystal.crystals import Crystals
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.worker import Cursor
 from hpcgen.store.arrays import join, load, take
-from hpcgen.store.duplicates import PLACE, write_reduced
+from hpcgen.store.duplicates import write_reduced
+from hpcgen.store.keys import PLACE
 from hpcgen.store.layout import ColumnSpec, Head, open_shard, reading
 from hpcgen.store.read import Store, decode
 from hpcgen.store.rows import Rows

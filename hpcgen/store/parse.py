@@ -12,7 +12,7 @@ from hpcgen.crystal.cells import Cells
 from hpcgen.crystal.check import faults
 from hpcgen.crystal.clear import Symmetric, clear_symmetry
 from hpcgen.crystal.composition import formula_key
-from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.crystals import Crystals, no_crystals
 from hpcgen.crystal.lattice import in_niggli_cell
 from hpcgen.crystal.purify import purify, search
 from hpcgen.crystal.refused import Refused
@@ -23,7 +23,7 @@ from hpcgen.store.layout import ColumnSpec, Head
 from hpcgen.store.rows import Rows
 from hpcgen.store.settings import BuildSettings
 from hpcgen.store.source import Parsed, Raw, Source
-from hpcgen.store.staging import KEYS, Refusal, make_column, no_crystals, write_staged
+from hpcgen.store.staging import Refusal, make_column, staged_columns, write_staged
 
 LONGEST_ID, LONGEST_TEXT = 200, 4096  # bytes
 CULPRITS = {"crash": "the process reading it died", "timeout": "it took longer than the time allowed"}
@@ -244,12 +244,6 @@ def _refuse_text(name: str, text: str, longest: int) -> None:
 
 def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")[:LONGEST_TEXT]
-
-
-def staged_columns(source: Source, settings: BuildSettings) -> dict[str, ColumnSpec]:
-    """Columns of a staging file: the source's, what pass 1 finds, the keys of pass 2."""
-    space_group = {"space_group": ColumnSpec("int")} if settings.purify else {}
-    return {**source.columns, **space_group, **KEYS}
 
 
 def _first_line(fault: Exception) -> str:

@@ -1,4 +1,7 @@
-"""What lies between the passes of building a store: shards of parsed crystals with the keys of pass 2 beside them."""
+"""What lies between the passes of building a store: shards of parsed crystals with the keys of pass 2 beside them.
+
+Imports no torch.
+"""
 
 import csv
 import io
@@ -9,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from hpcgen.crystal.crystals import Crystals
 from hpcgen.files import storage_faults, write_whole
 from hpcgen.store.arrays import Arrays, file_image, load
 from hpcgen.store.layout import REJECTS, ColumnSpec, Head, open_shard, reading
 from hpcgen.store.rows import Column, Rows
-from hpcgen.store.source import Value
+from hpcgen.store.settings import BuildSettings
+from hpcgen.store.source import Source, Value
 from hpcgen.store.write import encode
 
 KEYS = {
@@ -35,6 +37,12 @@ class Refusal:
     id: str
     code: str
     message: str
+
+
+def staged_columns(source: Source, settings: BuildSettings) -> dict[str, ColumnSpec]:
+    """Columns of a staging file: the source's, what pass 1 finds, the keys of pass 2."""
+    space_group = {"space_group": ColumnSpec("int")} if settings.purify else {}
+    return {**source.columns, **space_group, **KEYS}
 
 
 def make_column(spec: ColumnSpec, values: Sequence[Value]) -> Column:
@@ -69,12 +77,6 @@ def read_keys_of(path: Path, columns: Mapping[str, ColumnSpec]) -> Arrays:
     """The named columns alone."""
     with open_shard(path) as shard, reading(path):
         return load(shard, 0, shard["ptr"].shape[0] - 1, columns, edges=False, bare=True)
-
-
-def no_crystals() -> Crystals:
-    """A batch of none."""
-    none = torch.zeros(0, dtype=torch.int64)
-    return Crystals(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3, 3, dtype=torch.float64), none, none)
 
 
 def read_refusals(path: Path) -> list[Refusal]:
