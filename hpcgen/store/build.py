@@ -34,7 +34,7 @@ from hpcgen.store.source import Source
 from hpcgen.store.staging import KEYS, Refusal, read_keys_of, read_refusals, staged_columns, write_rejects
 
 _LOG = logging.getLogger(__name__)
-PASSES = 2  # grows when staging files change: work begun by another version is not continued
+PASSES = 3  # grows when staging files change: work begun by another version is not continued
 WORK = "work"  # folder inside the store, gone when it is complete
 
 
@@ -202,7 +202,7 @@ def _parse(run: _Run, source: Source) -> list[Path]:
     if rows == 0:
         raise InputError(f"{source.name}: the input holds no rows")
     blocks = [
-        Block(number, run.work / f"parsed-{number:05d}.h5", min(size, rows - start))
+        Block(number, run.work / f"parsed-{number:05d}.npz", min(size, rows - start))
         for number, start in enumerate(range(0, rows, size))
     ]
     run.blocks("reading structures", blocks, Later("parse", "ParseBlock", (source, run.settings)))
@@ -215,7 +215,7 @@ def _compare(run: _Run, staged: Sequence[Path], columns: dict[str, ColumnSpec]) 
     run.once(siblings, lambda draft: save_siblings(draft, staged, columns))
     with np.load(siblings) as known:
         sizes = [int(part.sum()) for part in np.split(known["mask"], known["first"][1:-1])]
-    blocks = [Block(number, run.work / f"reduced-{number:05d}.h5", size) for number, size in enumerate(sizes)]
+    blocks = [Block(number, run.work / f"reduced-{number:05d}.npz", size) for number, size in enumerate(sizes)]
     reduced = tuple(block.path for block in blocks)
     run.blocks("reducing cells", blocks, Later("duplicates", "ReduceBlock", (tuple(staged), siblings)))
     run.once(pairs, lambda draft: save_pairs(draft, staged, columns, reduced))
