@@ -26,10 +26,12 @@ EXACT = 0.15  # a translation times the group's order is a whole number within t
 _VECTORS = np.array([v for v in product((-1, 0, 1), repeat=3) if v > (0, 0, 0)])
 _TRIPLES = np.array(list(product(range(13), repeat=3)))
 _TRIPLES = _TRIPLES[np.abs(np.rint(np.linalg.det(_VECTORS[_TRIPLES]))) == 1]
-_SIGNED = [signs * _VECTORS[_TRIPLES] for signs in np.array(list(product((1, -1), repeat=3)))[:, None, :, None]]
-_ROTATIONS = np.stack(_SIGNED, 1).mT.astype(float)  # (T, 8, 3, 3)
-_ROTATIONS = _ROTATIONS[np.linalg.det(_ROTATIONS) > 0].reshape(len(_TRIPLES), 4, 3, 3)
-_ROTATIONS = _ROTATIONS.reshape(-1, 3, 3)  # those of _TRIPLES[t] are 4 t to 4 t + 3
+_FRAMES = _VECTORS[_TRIPLES]  # (T, 3, 3), rows are vectors
+_SIGNS = np.tile(list(product((1, -1), repeat=3)), (len(_FRAMES), 1, 1))
+_SIGNS = _SIGNS[_SIGNS.prod(-1) == np.rint(np.linalg.det(_FRAMES))[:, None]].reshape(-1, 4, 3)
+_ROTATIONS = (_SIGNS[..., None] * _FRAMES[:, None]).mT.reshape(-1, 3, 3).astype(float)  # 4 t to 4 t + 3 of _FRAMES[t]
+_PAIRS = np.triu_indices(3, 1)
+_PAIR_SIGNS = _SIGNS[..., _PAIRS[0]] * _SIGNS[..., _PAIRS[1]]  # (T, 4, 3)
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,19 @@ def _of_the_lattices(cells: Cells, symprec: float, clear: np.ndarray) -> tuple[n
     metric = cells.lattice @ cells.lattice.mT
     length = np.sqrt(np.diagonal(metric, axis1=1, axis2=2))  # (B, 3)
     reach = np.sqrt(np.square(_VECTORS @ cells.lattice).sum(-1))  # (B, 13)
-    near = np.abs(reach[:, None] - length[:, :, None]) <= FAR * symprec  # (B, 3, 13)
-    fits = near[:, 0][:, _TRIPLES[:, 0]]
-    fits &= near[:, 1][:, _TRIPLES[:, 1]]
-    fits &= near[:, 2][:, _TRIPLES[:, 2]]
-    fits[~clear] = False
-    crystal, which = np.nonzero(fits)
-    crystal, which = np.repeat(crystal, 4), (4 * which[:, None] + np.arange(4)).ravel()
-    rotation, own = _ROTATIONS[which], length[crystal]
-    change = np.abs(rotation.mT @ metric[crystal] @ rotation - metric[crystal])
-    change /= np.sqrt(own[:, :, None] * own[:, None])  # Å: of a length twice over, or by which an angle moves its ends
-    misfit = change.max((1, 2))
+    near = (np.abs(reach[:, None] - length[:, :, None]) <= FAR * symprec).transpose(1, 2, 0)
+    fits = near[0].take(_TRIPLES[:, 0], 0)
+    fits &= near[1].take(_TRIPLES[:, 1], 0)
+    fits &= near[2].take(_TRIPLES[:, 2], 0)
+    fits &= clear
+    crystal, frame = np.divmod(np.flatnonzero(fits.T), len(_FRAMES))
+    inner = _FRAMES[frame] @ metric[crystal] @ _FRAMES[frame].mT
+    i, j = _PAIRS
+    across = inner[:, None, i, j] * _PAIR_SIGNS[frame] - metric[crystal][:, None, i, j]
+    across /= np.sqrt(length[:, i] * length[:, j])[crystal, None]  # Å: by which an angle moves its vectors' ends
+    along = np.diagonal(inner - metric[crystal], axis1=1, axis2=2) / length[crystal]  # Å: of a length twice over
+    misfit = np.maximum(np.abs(across).max(-1), np.abs(along).max(-1)[:, None]).ravel()
+    crystal, which = np.repeat(crystal, 4), (4 * frame[:, None] + np.arange(4)).ravel()
     clear &= _without(crystal, (misfit > WELL * symprec) & ~(misfit > FAR * symprec), len(clear))
     good = (misfit <= WELL * symprec) & clear[crystal]
     return crystal[good], which[good]
