@@ -138,7 +138,7 @@ def test_an_array_without_its_first_task_finishes_and_clears_up(fine: Path, tabl
         subprocess.Popen(command, env={**ENV, **bounds, "SLURM_ARRAY_TASK_ID": str(task)}, stderr=subprocess.PIPE)
         for task in range(2)
     ]
-    _wait_for(lambda: list(out.glob("work/parsed-*.h5")))
+    _wait_for(lambda: list(out.glob("work/parsed-*.npz")))
     tasks[0].kill()
     told = tasks[1].communicate(timeout=120)[1].decode()
     tasks[0].communicate()
@@ -367,7 +367,7 @@ def test_ctrl_c_ends_with_75_and_the_same_command_goes_on(whole: Path, table: Pa
         "32",
     ]
     process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    _wait_for(lambda: list(out.glob("work/parsed-*.h5")))
+    _wait_for(lambda: list(out.glob("work/parsed-*.npz")))
     os.killpg(process.pid, signal.SIGINT)
     told = process.communicate(timeout=30)[1]
     assert process.returncode == 75 and "goes on from here" in told, told
@@ -474,7 +474,7 @@ def test_a_worker_killed_from_outside_costs_no_crystal(fine: Path, table: Path, 
     out = tmp_path / "store"
     command = [*MP20, str(table), "--out", str(out), "--no-page", "--processes", "1", *FINE]
     process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
-    _wait_for(lambda: list(out.glob("work/parsed-*.h5")))
+    _wait_for(lambda: list(out.glob("work/parsed-*.npz")))
     workers = [child for child in psutil.Process(process.pid).children(recursive=True) if not child.children()]
     workers = [child for child in workers if "resource_tracker" not in " ".join(child.cmdline())]
     for worker in workers:

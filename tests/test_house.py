@@ -117,6 +117,12 @@ def test_light_modules_stay_light(name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_build_that_only_hands_out_blocks_needs_no_torch() -> None:
+    code = "import sys, hpcgen.store.build; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_print_in_the_library() -> None:
     for file in sorted((ROOT / "hpcgen").rglob("*.py")):
         if file.name != "cli.py":

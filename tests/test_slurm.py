@@ -137,7 +137,7 @@ def test_an_array_is_preempted_and_one_of_its_tasks_is_cancelled(
     flags = ("--nodes=1", "--array=0-2")
     job = sbatch(cluster, 1, "preprocess.sh", *words, "--processes", "1", flags=flags, HPCGEN_STORE=str(tmp_path))
     tasks = [f"{job}_{number}" for number in range(3)]
-    until(lambda: list(tmp_path.glob("work/parsed-*.h5")), 120, tmp_path)
+    until(lambda: list(tmp_path.glob("work/parsed-*.npz")), 120, tmp_path)
     high = cluster.preempt(1)
     cluster.wait(high, "COMPLETED", 60)
     cluster.run("scancel", tasks[2])

@@ -20,7 +20,7 @@ from pathlib import Path
 from hpcgen.campaign.config import SUMMARY
 from hpcgen.campaign.evaluate import PRELOAD, rows_per_block
 from hpcgen.crystal.check import check
-from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.crystals import Crystals, no_crystals
 from hpcgen.crystal.refused import Refused
 from hpcgen.errors import InputError, StorageError, UsageError
 from hpcgen.files import make_folder, write_json
@@ -33,18 +33,11 @@ from hpcgen.store.foreign import kind_of, place_of, refuse_bare, state_of
 from hpcgen.store.foreign_files import CifFolder, CifZip
 from hpcgen.store.foreign_index import Index, Reader
 from hpcgen.store.foreign_tables import CifTable, Extxyz
-from hpcgen.store.layout import MANIFEST, REJECTS, Head, shard_info, shard_name, write_manifest
+from hpcgen.store.layout import MANIFEST, REJECTS, Head, open_shard, reading, shard_info, shard_name, write_manifest
 from hpcgen.store.parse import CULPRITS
 from hpcgen.store.rows import Rows
 from hpcgen.store.source import Raw
-from hpcgen.store.staging import (
-    Refusal,
-    encode_refusals,
-    make_column,
-    no_crystals,
-    read_refusals,
-    write_rejects,
-)
+from hpcgen.store.staging import Refusal, decode_refusals, encode_refusals, make_column, write_rejects
 from hpcgen.store.write import encode, write_arrays
 
 log = logging.getLogger(__name__)
@@ -223,6 +216,12 @@ class ReadBlock:
             raise Refused("parse-error", f"{type(fault).__name__}: {fault}") from fault
         check(crystal, min_distance=0.0, min_volume=LEAST_VOLUME, volume_per_atom=(0.0, math.inf))
         return crystal
+
+
+def read_refusals(path: Path) -> list[Refusal]:
+    """Those that a block keeps beside its crystals. Raises InputError where it is damaged."""
+    with open_shard(path) as shard, reading(path):
+        return decode_refusals(shard["refusals"][()])
 
 
 def _printable(text: str) -> str:

@@ -6,8 +6,9 @@ are averaged over it, and the space group is looked up by the operations. All ot
 about twice as long for each.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import moyopy
 import numpy as np
@@ -25,10 +26,12 @@ EXACT = 0.15  # a translation times the group's order is a whole number within t
 _VECTORS = np.array([v for v in product((-1, 0, 1), repeat=3) if v > (0, 0, 0)])
 _TRIPLES = np.array(list(product(range(13), repeat=3)))
 _TRIPLES = _TRIPLES[np.abs(np.rint(np.linalg.det(_VECTORS[_TRIPLES]))) == 1]
-_SIGNED = [signs * _VECTORS[_TRIPLES] for signs in np.array(list(product((1, -1), repeat=3)))[:, None, :, None]]
-_ROTATIONS = np.stack(_SIGNED, 1).mT.astype(float)  # (T, 8, 3, 3)
-_ROTATIONS = _ROTATIONS[np.linalg.det(_ROTATIONS) > 0].reshape(len(_TRIPLES), 4, 3, 3)
-_ROTATIONS = _ROTATIONS.reshape(-1, 3, 3)  # those of _TRIPLES[t] are 4 t to 4 t + 3
+_FRAMES = _VECTORS[_TRIPLES]  # (T, 3, 3), rows are vectors
+_SIGNS = np.tile(list(product((1, -1), repeat=3)), (len(_FRAMES), 1, 1))
+_SIGNS = _SIGNS[_SIGNS.prod(-1) == np.rint(np.linalg.det(_FRAMES))[:, None]].reshape(-1, 4, 3)
+_ROTATIONS = (_SIGNS[..., None] * _FRAMES[:, None]).mT.reshape(-1, 3, 3).astype(float)  # 4 t to 4 t + 3 of _FRAMES[t]
+_PAIRS = np.triu_indices(3, 1)
+_PAIR_SIGNS = _SIGNS[..., _PAIRS[0]] * _SIGNS[..., _PAIRS[1]]  # (T, 4, 3)
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,19 @@ def _of_the_lattices(cells: Cells, symprec: float, clear: np.ndarray) -> tuple[n
     metric = cells.lattice @ cells.lattice.mT
     length = np.sqrt(np.diagonal(metric, axis1=1, axis2=2))  # (B, 3)
     reach = np.sqrt(np.square(_VECTORS @ cells.lattice).sum(-1))  # (B, 13)
-    near = np.abs(reach[:, None] - length[:, :, None]) <= FAR * symprec  # (B, 3, 13)
-    fits = near[:, 0][:, _TRIPLES[:, 0]]
-    fits &= near[:, 1][:, _TRIPLES[:, 1]]
-    fits &= near[:, 2][:, _TRIPLES[:, 2]]
-    fits[~clear] = False
-    crystal, which = np.nonzero(fits)
-    crystal, which = np.repeat(crystal, 4), (4 * which[:, None] + np.arange(4)).ravel()
-    rotation, own = _ROTATIONS[which], length[crystal]
-    change = np.abs(rotation.mT @ metric[crystal] @ rotation - metric[crystal])
-    change /= np.sqrt(own[:, :, None] * own[:, None])  # Å: of a length twice over, or by which an angle moves its ends
-    misfit = change.max((1, 2))
+    near = (np.abs(reach[:, None] - length[:, :, None]) <= FAR * symprec).transpose(1, 2, 0)
+    fits = near[0].take(_TRIPLES[:, 0], 0)
+    fits &= near[1].take(_TRIPLES[:, 1], 0)
+    fits &= near[2].take(_TRIPLES[:, 2], 0)
+    fits &= clear
+    crystal, frame = np.divmod(np.flatnonzero(fits.T), len(_FRAMES))
+    inner = _FRAMES[frame] @ metric[crystal] @ _FRAMES[frame].mT
+    i, j = _PAIRS
+    across = inner[:, None, i, j] * _PAIR_SIGNS[frame] - metric[crystal][:, None, i, j]
+    across /= np.sqrt(length[:, i] * length[:, j])[crystal, None]  # Å: by which an angle moves its vectors' ends
+    along = np.diagonal(inner - metric[crystal], axis1=1, axis2=2) / length[crystal]  # Å: of a length twice over
+    misfit = np.maximum(np.abs(across).max(-1), np.abs(along).max(-1)[:, None]).ravel()
+    crystal, which = np.repeat(crystal, 4), (4 * frame[:, None] + np.arange(4)).ravel()
     clear &= _without(crystal, (misfit > WELL * symprec) & ~(misfit > FAR * symprec), len(clear))
     good = (misfit <= WELL * symprec) & clear[crystal]
     return crystal[good], which[good]
@@ -143,8 +148,8 @@ def _candidates(cells: Cells, rotations: tuple[np.ndarray, np.ndarray], symprec:
     probe = np.where(size[kind] > 1, new[kind] + 1, new[kind])
     moved = _turned(rotation, cells.frac[probe]) + shift
     pairs = size[kind]
-    at = np.repeat(np.arange(len(crystal)), pairs)
-    apart = _steps(moved[at] - cells.frac[ranges(new[kind], pairs)], cells, crystal[at])
+    step = np.repeat(moved.T, pairs, axis=1) - cells.frac.T.take(ranges(new[kind], pairs), 1)
+    apart = _steps(step, np.repeat(_lengths(cells)[:, crystal], pairs, axis=1))
     least = np.minimum.reduceat(apart, np.cumsum(pairs) - pairs) if len(apart) else apart
     return tried[~(least > FAR * symprec)]
 
@@ -153,10 +158,18 @@ def _turned(rotation: np.ndarray, frac: np.ndarray) -> np.ndarray:
     return (rotation[:, :, 0] * frac[:, :1] + rotation[:, :, 1] * frac[:, 1:2]) + rotation[:, :, 2] * frac[:, 2:]
 
 
-def _steps(step: np.ndarray, cells: Cells, crystal: np.ndarray) -> np.ndarray:
-    """Sum of the steps along the cell's vectors, each to the nearest image, at least the distance. (M, 3) -> (M,) Å"""
-    length = np.sqrt(np.square(cells.lattice).sum(-1))
-    return (np.abs(step - np.rint(step)) * length[crystal]).sum(-1)
+def _lengths(cells: Cells) -> np.ndarray:
+    """Of the cells' vectors. (3, B) Å"""
+    return np.sqrt(np.square(cells.lattice).sum(-1)).T
+
+
+def _steps(step: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Sum of the steps along the cell's vectors, each to the nearest image, at least the distance.
+
+    (3, M) and lengths of the vectors (3, M) Å -> (M,) Å.
+    """
+    x, y, z = np.abs(step - np.rint(step)) * length
+    return (x + y) + z
 
 
 @dataclass(frozen=True)
@@ -165,66 +178,82 @@ class _Fits:
 
     group: _Operations  # each crystal's own, all of them
     image: np.ndarray  # (R,) the atom it comes to, numbered in the batch
-    step: np.ndarray  # (R, 3) from where it comes to that atom
+    step: np.ndarray  # (3, R) from where it comes to that atom
 
 
 def _fitted(cells: Cells, tried: _Operations, symprec: float, clear: np.ndarray) -> _Fits:
     """The operations that fit well, their shifts the mean over the atoms; `clear` loses crystals with others that do
     not fail by far, and those in which two of them turn alike: such a cell is not primitive."""
-    counts = cells.counts[tried.crystal]
-    at, atom = np.repeat(np.arange(len(counts)), counts), ranges(cells.starts[tried.crystal], counts)
-    moved = _turned(tried.rotation[at], cells.frac[atom]) + tried.shift[at]
+    moved = _moved(cells, tried)
     image = _near(cells, tried.crystal, moved, symprec)
+    counts = cells.counts[tried.crystal]
+    at = np.repeat(np.arange(len(counts)), counts)
     failed, several = np.zeros((2, len(counts)), dtype=bool)
     failed[at[image == _NONE]] = True
     several[at[image == _SEVERAL]] = True
     clear &= _without(tried.crystal, several & ~failed, len(clear))
     kept = ~failed & clear[tried.crystal]
-    rows = kept[at]
-    tried, counts, image, moved = tried[kept], counts[kept], image[rows], moved[rows]
-    at = np.repeat(np.arange(len(counts)), counts)
-    step = cells.frac[image] - moved
-    step -= np.rint(step)
+    rows = np.flatnonzero(kept[at])
+    tried, counts, image = tried[kept], counts[kept], image[rows]
     starts = np.cumsum(counts) - counts
-    mean = np.add.reduceat(step, starts) / counts[:, None] if len(starts) else tried.shift
-    step -= mean[at]
-    apart = _steps(step, cells, tried.crystal[at])
+    step = cells.frac.T.take(image, 1) - moved.take(rows, 1)
+    step -= np.rint(step)
+    mean = np.add.reduceat(step, starts, axis=1) / counts if len(starts) else tried.shift.T
+    step -= np.repeat(mean, counts, axis=1)
+    apart = _steps(step, np.repeat(_lengths(cells)[:, tried.crystal], counts, axis=1))
     misfit = np.maximum.reduceat(apart, starts) if len(starts) else apart
     clear &= _without(tried.crystal, (misfit > WELL * symprec) & ~(misfit > FAR * symprec), len(clear))
     turn = tried.crystal * (2 * len(_ROTATIONS)) + 2 * tried.which + (tried.sign > 0)
     clear &= _without(tried.crystal[1:], (turn[1:] == turn[:-1]) & (misfit[1:] <= WELL * symprec), len(clear))
     kept = (misfit <= WELL * symprec) & clear[tried.crystal]
-    rows = kept[at]
-    fitting = _Operations(tried.crystal, tried.which, tried.sign, tried.shift + mean)
-    return _Fits(fitting[kept], image[rows], step[rows])
+    rows = np.flatnonzero(np.repeat(kept, counts))
+    fitting = _Operations(tried.crystal, tried.which, tried.sign, tried.shift + mean.T)
+    return _Fits(fitting[kept], image[rows], step.take(rows, 1))
 
 
 _NONE, _SEVERAL = -1, -2
 
 
+def _runs(cells: Cells, crystal: np.ndarray) -> Iterator[tuple[int, slice, slice]]:
+    """Crystals that have operations: number, operations and atoms."""
+    ends = np.cumsum(np.bincount(crystal, minlength=len(cells.counts))).tolist()
+    starts, counts = cells.starts.tolist(), cells.counts.tolist()
+    for number, (first, end) in enumerate(pairwise([0, *ends])):
+        if end > first:
+            yield number, slice(first, end), slice(starts[number], starts[number] + counts[number])
+
+
+def _moved(cells: Cells, tried: _Operations) -> np.ndarray:
+    """Where each operation takes each atom of its crystal, one operation after the other. -> (3, N)"""
+    parts = [np.empty((3, 0))]
+    shifted = np.concatenate([tried.rotation, tried.shift[:, :, None]], 2).transpose(1, 0, 2)
+    sites = np.concatenate([cells.frac.T, np.ones((1, len(cells.frac)))])
+    for _, operations, atoms in _runs(cells, tried.crystal):
+        parts.append((shifted[:, operations] @ sites[:, atoms]).reshape(3, -1))
+    return np.concatenate(parts, 1)
+
+
 def _near(cells: Cells, crystal: np.ndarray, moved: np.ndarray, symprec: float) -> np.ndarray:
-    """The atom of its element near each moved atom, numbered in the batch; _NONE where all are FAR, _SEVERAL where it
-    may be one of several.
+    """The atom of its element near each moved atom (3, N), numbered in the batch; _NONE where all are FAR, _SEVERAL
+    where it may be one of several. -> (N,)
 
     By the sum of the cosines of the angles between them, one for each axis, as a product of matrices: with u the sum
     of the steps along vectors of at least the length a, it is at least 3 - 2 π² (u / a)².
     """
-    own, there = _angles(cells.frac), _angles(moved)
-    shortest = np.sqrt(np.square(cells.lattice).sum(-1)).min(-1)
-    least = 3 - 2.1 * (np.pi * FAR * symprec / shortest) ** 2 - ROUNDING
-    image = np.full(len(moved), _NONE, dtype=np.int64)
-    operations = np.bincount(crystal, minlength=len(cells.counts)).tolist()
+    own, there = _angles(cells.frac.T), _angles(moved)
+    least = 3 - 2.1 * (np.pi * FAR * symprec / _lengths(cells).min(0)) ** 2 - ROUNDING
+    image = np.full(moved.shape[1], _NONE, dtype=np.int64)
+    enough = least.tolist()
     hits, rows, end = [], [], 0
-    for start, count, some, enough in zip(
-        cells.starts.tolist(), cells.counts.tolist(), operations, least.tolist(), strict=True
-    ):
-        if some:
-            stop, first, end = start + count, end, end + some * count
-            alike = (there[first:end] @ own[start:stop].T).reshape(some, count, count) > enough
-            alike &= cells.numbers[start:stop, None] == cells.numbers[start:stop]
-            row, one = np.divmod(np.flatnonzero(alike), count)
-            hits.append(one + start)
-            rows.append(row + first)
+    for number, operations, atoms in _runs(cells, crystal):
+        count = atoms.stop - atoms.start
+        first, end = end, end + (operations.stop - operations.start) * count
+        alike = (there[:, first:end].T @ own[:, atoms]).reshape(-1, count * count) > enough[number]
+        numbers = cells.numbers[atoms]
+        alike &= (numbers[:, None] == numbers).ravel()
+        row, one = np.divmod(np.flatnonzero(alike), count)
+        hits.append(one + atoms.start)
+        rows.append(row + first)
     if hits:
         row = np.concatenate(rows)
         image[row] = np.concatenate(hits)
@@ -233,9 +262,9 @@ def _near(cells: Cells, crystal: np.ndarray, moved: np.ndarray, symprec: float) 
 
 
 def _angles(frac: np.ndarray) -> np.ndarray:
-    """Cosines and sines, in the precision that processors compute several at a time in. (A, 3) -> (A, 6)"""
+    """Cosines and sines, in the precision that processors compute several at a time in. (3, A) -> (6, A)"""
     angle = (2 * np.pi * (frac - np.rint(frac))).astype(np.float32)
-    return np.concatenate([np.cos(angle), np.sin(angle)], -1)
+    return np.concatenate([np.cos(angle), np.sin(angle)])
 
 
 def _made_exact(cells: Cells, fits: _Fits, clear: np.ndarray) -> Symmetric:
@@ -256,8 +285,8 @@ def _made_exact(cells: Cells, fits: _Fits, clear: np.ndarray) -> Symmetric:
     clear &= number > 0
 
     at = np.repeat(np.arange(len(owner)), cells.counts[owner])
-    step = ((whole - shift) / order[owner, None])[at] - fits.step
-    sums = np.stack([np.bincount(fits.image, step[:, axis], minlength=len(cells.frac)) for axis in range(3)], -1)
+    step = ((whole - shift) / order[owner, None]).T.take(at, 1) - fits.step
+    sums = np.stack([np.bincount(fits.image, along, minlength=len(cells.frac)) for along in step], -1)
     step = sums / np.maximum(order, 1)[cells.owner, None]
     metric = cells.lattice @ cells.lattice.mT
     turned = (rotation.mT @ metric[owner] @ rotation).reshape(-1, 9)

@@ -5,11 +5,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from hpcgen.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAMES = (
     "X H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr "
@@ -45,12 +48,12 @@ class BadFormula(UsageError, ValueError):
     """A formula that says no composition: an unknown element, no atoms, a fraction, an open bracket."""
 
 
-def formula_key(atomic_numbers: Sequence[int] | np.ndarray | Tensor) -> str:
+def formula_key(atomic_numbers: "Sequence[int] | np.ndarray | Tensor") -> str:
     """Exact key of the reduced composition, elements by atomic number: O12Fe8 -> 'O3Fe2'. (n,) -> str."""
     return _key(_reduced(atomic_numbers))
 
 
-def reduced_formula(atomic_numbers: Sequence[int] | np.ndarray | Tensor) -> str:
+def reduced_formula(atomic_numbers: "Sequence[int] | np.ndarray | Tensor") -> str:
     """The formula that pymatgen's Composition.reduced_formula gives, as 'LiFePO4' or 'Ca(OH)2'. (n,) -> str.
 
     Elements by growing electronegativity (those without one last), then by name; the last two of three or
@@ -102,7 +105,7 @@ def _count(number: str, formula: str) -> int:
     return int(number)
 
 
-def _reduced(atomic_numbers: Sequence[int] | np.ndarray | Tensor) -> tuple[tuple[int, int], ...]:
+def _reduced(atomic_numbers: "Sequence[int] | np.ndarray | Tensor") -> tuple[tuple[int, int], ...]:
     """(atomic number, count), counts without a common factor, by atomic number."""
     numbers = atomic_numbers if isinstance(atomic_numbers, list | tuple) else atomic_numbers.tolist()  # type: ignore[union-attr]
     counts = Counter(numbers)

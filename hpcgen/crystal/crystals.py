@@ -78,3 +78,9 @@ class Crystals:
             torch.cat([part.atomic_numbers for part in parts]),
             torch.cat([part.num_atoms for part in parts]),
         )
+
+
+def no_crystals() -> Crystals:
+    """A batch of none."""
+    none = torch.zeros(0, dtype=torch.int64)
+    return Crystals(torch.zeros(0, 3, dtype=torch.float64), torch.zeros(0, 3, 3, dtype=torch.float64), none, none)

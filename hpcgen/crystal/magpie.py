@@ -10,11 +10,14 @@ pm (CovalentRadius), eV (GSbandgap), Å³/atom (GSvolume_pa), μB (GSmagmom).
 import csv
 from functools import lru_cache
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from hpcgen.crystal.composition import SYMBOLS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NAMES = (
     "Number MendeleevNumber AtomicWeight MeltingT Column Row CovalentRadius Electronegativity "
@@ -34,7 +37,7 @@ def matminer_name(column: str) -> str:
     return f"MagpieData {statistic} {what}"
 
 
-def magpie_features(atomic_numbers: np.ndarray | Tensor, num_atoms: np.ndarray | Tensor) -> np.ndarray:
+def magpie_features(atomic_numbers: "np.ndarray | Tensor", num_atoms: "np.ndarray | Tensor") -> np.ndarray:
     """Features of B crystals, columns as MAGPIE_COLUMNS. (A,), (B,) -> (B, 132) float64.
 
     The mode is the value of the most frequent element, the smallest of them where several are.

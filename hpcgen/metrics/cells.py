@@ -14,14 +14,17 @@ import numpy as np
 
 from hpcgen.crystal.composition import formula_key
 from hpcgen.crystal.crystals import Crystals
+from hpcgen.files import storage_faults
 from hpcgen.runner.blocks import Block
 from hpcgen.runner.worker import Cursor
-from hpcgen.store.arrays import join, load, take
-from hpcgen.store.duplicates import PLACE, write_reduced
+from hpcgen.store.arrays import file_image, join, load, take
+from hpcgen.store.duplicates import write_reduced
+from hpcgen.store.keys import PLACE
 from hpcgen.store.layout import ColumnSpec, Head, open_shard, reading
 from hpcgen.store.read import Store, decode
 from hpcgen.store.rows import Rows
-from hpcgen.store.staging import make_column, read_keys_of, read_staged, write_staged
+from hpcgen.store.staging import make_column, read_keys_of, read_staged
+from hpcgen.store.write import encode
 
 _COLUMNS = {**PLACE, "bucket": ColumnSpec("int"), "begin": ColumnSpec("int")}
 _COST = 0.02  # of looking at one candidate, in units of what a crystal costs by itself
@@ -122,7 +125,9 @@ def save_buckets(draft: Path, sets: Sets, formulas: Path, reduced: Sequence[Path
     crystals = decode(take(join([read_staged(path, {}) for path in reduced]), order), {}).crystals
     made = {name: make_column(_COLUMNS[name], values.tolist()) for name, values in columns.items()}
     rows = Rows(crystals, [str(number) for number in columns["place"].tolist()], made)
-    write_staged(draft, rows, Head("cells", columns=_COLUMNS), [])
+    head = Head("cells", columns=_COLUMNS)
+    with storage_faults(draft):
+        draft.write_bytes(file_image(encode(rows, head), head, split="all", small=False))
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,8 @@ def shares(path: Path, most: int) -> list[int]:
 
     A crystal of the reference costs nothing, one of the run grows with what stands before it in its bucket.
     """
-    arrays = read_keys_of(path, _COLUMNS)
+    with open_shard(path) as shard, reading(path):
+        arrays = load(shard, 0, shard["ptr"].shape[0] - 1, _COLUMNS, edges=False, bare=True)
     at = np.arange(len(arrays["columns/place"]))
     before = at - arrays["columns/bucket"]
     cost = np.cumsum(np.where(at >= arrays["columns/begin"], 1 + _COST * before, 0.0))

@@ -66,7 +66,7 @@ def find_same(sets: Sets, folder: Path, *, lease: Lease, stop: StopFlag, how: Ho
     formulas, buckets, found = (folder / name for name in ("formulas.npz", "buckets.h5", "same.npz"))
     once(formulas, lambda draft: save_formulas(draft, sets), lease=lease, stop=stop)
     spans = sets.pieces(min(max((sets.count + sets.known) // _BLOCKS, _PIECE[0]), _PIECE[1]))
-    cells = [Block(number, folder / f"cells-{number:05d}.h5", end - start)
+    cells = [Block(number, folder / f"cells-{number:05d}.npz", end - start)
              for number, (start, end) in enumerate(spans)]  # fmt: skip
     reduced = all_of("reducing cells", cells, CellBlock(sets, formulas, tuple(spans)))
     once(buckets, lambda draft: save_buckets(draft, sets, formulas, reduced), lease=lease, stop=stop)

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,16 @@ from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import HOUSEKEEPING, Lease
 from hpcgen.runner.stop import StopFlag
 from hpcgen.runner.team import Team
-from hpcgen.store.duplicates import MatchBlock, ReduceBlock, pairs_per_block
-from hpcgen.store.gather import WriteShard
+from hpcgen.runner.worker import Cursor, Work
+from hpcgen.store.keys import pairs_per_block
 from hpcgen.store.layout import MANIFEST, REJECTS, ColumnSpec, EdgeSettings, Head, shard_info, write_manifest
-from hpcgen.store.parse import ParseBlock, staged_columns
 from hpcgen.store.plan import Compared, save_pairs, save_plan, save_siblings, shards_of
 from hpcgen.store.settings import BuildSettings
 from hpcgen.store.source import Source
-from hpcgen.store.staging import KEYS, Refusal, read_keys_of, read_refusals, write_rejects
+from hpcgen.store.staging import KEYS, Refusal, read_keys_of, read_refusals, staged_columns, write_rejects
 
 _LOG = logging.getLogger(__name__)
-PASSES = 2  # grows when staging files change: work begun by another version is not continued
+PASSES = 3  # grows when staging files change: work begun by another version is not continued
 WORK = "work"  # folder inside the store, gone when it is complete
 
 
@@ -77,6 +77,19 @@ def build(
             if not run.is_complete:  # else other ranks finished it and cleared up while this one was away
                 raise
         return _ended(run, max_refused)
+
+
+@dataclass(frozen=True)
+class Later:
+    """Work of a class of this room, imported where it is done: who only hands out blocks needs no torch."""
+
+    module: str
+    name: str
+    told: tuple[Any, ...]  # to the class
+
+    def __call__(self, block: Block, draft: Path, cursor: Cursor) -> dict[str, int | float] | None:
+        work: Work = getattr(import_module(f"hpcgen.store.{self.module}"), self.name)(*self.told)
+        return work(block, draft, cursor)
 
 
 @dataclass(frozen=True)
@@ -174,7 +187,8 @@ def _passes(run: _Run, source: Source, making: dict[str, Any]) -> None:
     head = Head(source.name, making, _final_columns(columns, settings), _edge_settings(settings))
     shards = shards_of(work / "plan.npz", settings)
     blocks = [Block(number, run.store / name, stop - start) for number, (name, _, start, stop) in enumerate(shards)]
-    writer = WriteShard(tuple(staged), work / "plan.npz", columns, head, settings, tuple(shards))
+    told = (tuple(staged), work / "plan.npz", columns, head, settings, tuple(shards))
+    writer = Later("gather", "WriteShard", told)
     run.blocks("writing shards", blocks, writer, timed=False)
     run.once(
         run.store / MANIFEST,
@@ -188,10 +202,10 @@ def _parse(run: _Run, source: Source) -> list[Path]:
     if rows == 0:
         raise InputError(f"{source.name}: the input holds no rows")
     blocks = [
-        Block(number, run.work / f"parsed-{number:05d}.h5", min(size, rows - start))
+        Block(number, run.work / f"parsed-{number:05d}.npz", min(size, rows - start))
         for number, start in enumerate(range(0, rows, size))
     ]
-    run.blocks("reading structures", blocks, ParseBlock(source, run.settings))
+    run.blocks("reading structures", blocks, Later("parse", "ParseBlock", (source, run.settings)))
     return [block.path for block in blocks]
 
 
@@ -201,9 +215,9 @@ def _compare(run: _Run, staged: Sequence[Path], columns: dict[str, ColumnSpec]) 
     run.once(siblings, lambda draft: save_siblings(draft, staged, columns))
     with np.load(siblings) as known:
         sizes = [int(part.sum()) for part in np.split(known["mask"], known["first"][1:-1])]
-    blocks = [Block(number, run.work / f"reduced-{number:05d}.h5", size) for number, size in enumerate(sizes)]
+    blocks = [Block(number, run.work / f"reduced-{number:05d}.npz", size) for number, size in enumerate(sizes)]
     reduced = tuple(block.path for block in blocks)
-    run.blocks("reducing cells", blocks, ReduceBlock(tuple(staged), siblings))
+    run.blocks("reducing cells", blocks, Later("duplicates", "ReduceBlock", (tuple(staged), siblings)))
     run.once(pairs, lambda draft: save_pairs(draft, staged, columns, reduced))
     count = len(np.load(pairs, mmap_mode="r"))
     size = pairs_per_block(count)
@@ -212,7 +226,7 @@ def _compare(run: _Run, staged: Sequence[Path], columns: dict[str, ColumnSpec]) 
         for number, start in enumerate(range(0, count, size))
     ]
     if blocks:
-        run.blocks("comparing crystals", blocks, MatchBlock(reduced, pairs, run.settings))
+        run.blocks("comparing crystals", blocks, Later("duplicates", "MatchBlock", (reduced, pairs, run.settings)))
     return Compared(reduced, pairs, tuple(block.path for block in blocks))
 
 

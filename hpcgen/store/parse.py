@@ -12,7 +12,7 @@ from hpcgen.crystal.cells import Cells
 from hpcgen.crystal.check import faults
 from hpcgen.crystal.clear import Symmetric, clear_symmetry
 from hpcgen.crystal.composition import formula_key
-from hpcgen.crystal.crystals import Crystals
+from hpcgen.crystal.crystals import Crystals, no_crystals
 from hpcgen.crystal.lattice import in_niggli_cell
 from hpcgen.crystal.purify import purify, search
 from hpcgen.crystal.refused import Refused
@@ -23,7 +23,7 @@ from hpcgen.store.layout import ColumnSpec, Head
 from hpcgen.store.rows import Rows
 from hpcgen.store.settings import BuildSettings
 from hpcgen.store.source import Parsed, Raw, Source
-from hpcgen.store.staging import KEYS, Refusal, make_column, no_crystals, write_staged
+from hpcgen.store.staging import Refusal, make_column, staged_columns, write_staged
 
 LONGEST_ID, LONGEST_TEXT = 200, 4096  # bytes
 CULPRITS = {"crash": "the process reading it died", "timeout": "it took longer than the time allowed"}
@@ -92,14 +92,14 @@ class ParseBlock:
         for step in (self._fits, self._parse):
             some = [row for row in some if _went_well(step, row, cursor)]
         cursor.rest()
-        some = self._check(some)
+        some, crystals = self._check(some)
         if not self.settings.purify:
-            return self._reduce(some)
-        clear = self._clear(some)
+            return self._reduce(some, crystals)
+        clear = self._clear(some, crystals)
         for row in some:
             _went_well(self._search, row, cursor)
         cursor.rest()
-        return self._purify(some, clear)
+        return self._purify(some, crystals, clear)
 
     def _fits(self, row: _Row) -> None:
         """Refuse what no column of a store can hold."""
@@ -116,16 +116,18 @@ class ParseBlock:
         for parsed in row.parsed:
             _refuse_unfit(parsed)
 
-    def _check(self, some: list[_Row]) -> list[_Row]:
-        settings = self.settings
-        told = faults(_batch(some), min_distance=settings.min_distance, max_atoms=settings.max_atoms)
+    def _check(self, some: list[_Row]) -> tuple[list[_Row], Crystals]:
+        """The rows that pass, and their crystals."""
+        settings, crystals = self.settings, _batch(some)
+        told = faults(crystals, min_distance=settings.min_distance, max_atoms=settings.max_atoms)
         for row, fault in zip(_owners(some), told, strict=True):
             row.refuse(fault)
-        return [row for row in some if row.refused is None]
+        left = [row for row in some if row.refused is None]
+        return left, crystals if len(left) == len(some) else _batch(left)
 
-    def _clear(self, some: list[_Row]) -> Symmetric:
+    def _clear(self, some: list[_Row], crystals: Crystals) -> Symmetric:
         """Those of the crystals whose symmetry is clear; their rows note it."""
-        cells = Cells.of(_batch(some))
+        cells = Cells.of(crystals)
         clear = clear_symmetry(cells if self.settings.niggli else cells[np.arange(0)], self.settings.symprec)
         places = set(clear.places.tolist())
         for at, row in enumerate(_owners(some)):
@@ -136,11 +138,11 @@ class ParseBlock:
         for parsed, is_clear in zip(row.parsed, row.is_clear, strict=True):
             row.found.append(None if is_clear else search(parsed.crystal, self.settings.symprec))
 
-    def _purify(self, some: list[_Row], clear: Symmetric) -> _Reduced:
+    def _purify(self, some: list[_Row], crystals: Crystals, clear: Symmetric) -> _Reduced:
         settings, owners = self.settings, _owners(some)
         nothing = [None] * max((len(row.parsed) for row in some), default=0)
         pure = purify(
-            _batch(some),
+            crystals,
             clear,
             [found for row in some for found in (row.found if row.refused is None else nothing[: len(row.parsed)])],
             symprec=settings.symprec,
@@ -151,11 +153,11 @@ class ParseBlock:
         for at, fault in pure.refused.items():
             owners[at].refuse(fault)
         whole = [k for k, at in enumerate(pure.kept.tolist()) if owners[at].refused is None]
-        crystals = pure.crystals if len(whole) == len(pure.kept) else pure.crystals[whole]
-        return _Reduced([row for row in some if row.refused is None], crystals, pure.space_group[whole].tolist())
+        kept = pure.crystals if len(whole) == len(pure.kept) else pure.crystals[whole]
+        return _Reduced([row for row in some if row.refused is None], kept, pure.space_group[whole].tolist())
 
-    def _reduce(self, some: list[_Row]) -> _Reduced:
-        left, crystals = _in_niggli_cells(some) if self.settings.niggli else (some, _batch(some))
+    def _reduce(self, some: list[_Row], crystals: Crystals) -> _Reduced:
+        left, crystals = _in_niggli_cells(some) if self.settings.niggli else (some, crystals)
         return _Reduced(left, crystals, [None] * len(crystals))
 
     def _rows(self, parts: list[_Reduced], columns: Mapping[str, ColumnSpec]) -> Rows:
@@ -244,12 +246,6 @@ def _refuse_text(name: str, text: str, longest: int) -> None:
 
 def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")[:LONGEST_TEXT]
-
-
-def staged_columns(source: Source, settings: BuildSettings) -> dict[str, ColumnSpec]:
-    """Columns of a staging file: the source's, what pass 1 finds, the keys of pass 2."""
-    space_group = {"space_group": ColumnSpec("int")} if settings.purify else {}
-    return {**source.columns, **space_group, **KEYS}
 
 
 def _first_line(fault: Exception) -> str:

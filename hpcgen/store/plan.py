@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcgen.errors import InputError
-from hpcgen.store.duplicates import (
+from hpcgen.store.keys import (
     Keys,
     groups,
     read_keys,

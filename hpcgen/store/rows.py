@@ -1,13 +1,16 @@
-"""Rows of a store in memory: crystals with ids, typed columns and, where asked for, edges."""
+"""Rows of a store in memory: crystals with ids, typed columns and, where asked for, edges. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpcgen.crystal.crystals import Crystals
-from hpcgen.crystal.neighbours import Edges
 from hpcgen.store.layout import KINDS, ColumnSpec
+
+if TYPE_CHECKING:
+    from hpcgen.crystal.crystals import Crystals
+    from hpcgen.crystal.neighbours import Edges
 
 __all__ = ["KINDS", "Column", "ColumnSpec", "Rows"]
 
@@ -25,10 +28,10 @@ class Column:
 class Rows:
     """B crystals with what is known of them, in order."""
 
-    crystals: Crystals
+    crystals: "Crystals"
     ids: Sequence[str]
     columns: Mapping[str, Column] = field(default_factory=dict)
-    edges: Edges | None = None  # atom indices count through the whole batch, as in Crystals
+    edges: "Edges | None" = None  # atom indices count through the whole batch, as in Crystals
 
     def __len__(self) -> int:
         return len(self.crystals)

@@ -40,8 +40,9 @@ class BuildSettings:
 
     def preload(self) -> tuple[str, ...]:
         """Modules that the workers of a build import once, before they are forked."""
-        always = ("hpcgen.store.build", "hpcgen.crystal.cif")
-        return always + (("pymatgen.analysis.structure_matcher",) if self.duplicates != "ignore" else ())
+        always = ("hpcgen.store.parse", "hpcgen.store.gather", "hpcgen.crystal.cif")
+        compared = ("hpcgen.store.duplicates", "pymatgen.analysis.structure_matcher")
+        return always + (compared if self.duplicates != "ignore" else ())
 
     def checked(self) -> "BuildSettings":
         """These settings, if each is in its range. Raises UsageError naming the one that is not."""
