@@ -55,7 +55,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=str)
 def test_every_config_of_the_package_is_whole(file: Path) -> None:
-    assert load(TrainConfig, file, ["store=a", "out=b"]).model in MODELS
+    assert load(TrainConfig, file, ["store=a", "out=b", "init=c"]).model in MODELS
 
 
 # ---- stops, kills, broken files --------------------------------------------------------------------------------------

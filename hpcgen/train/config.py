@@ -40,6 +40,8 @@ class TrainConfig:
     model: str = "autoperi"
     seed: int = 0  # decides first weights, order and noise
     init: str = ""  # a trained model (best.pt) to begin with: its weights and scales
+    rectify: bool = False  # for few sampling steps: the store is a campaign of `init` without churn, and each crystal
+    # is learned with the noise it was made of; conditions and tables are those of `init`
     conditions: list[str] = field(default_factory=list)  # columns of the store
     split: str = "train"  # of the store
     validation_split: str = "val"
@@ -90,6 +92,8 @@ class TrainConfig:
         models.remove("batch")
         if self.model not in models:
             raise UsageError(f"model = {self.model!r}: want one of {', '.join(models)}")
+        if self.rectify and not self.init:
+            raise UsageError("rectify = true: want init=MODEL.pt, the model that made the crystals of the store")
         self._check_numbers()
         for name, choices in (("precision", PRECISIONS), ("device", DEVICES)):
             if getattr(self, name) not in choices:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpcgen.config import to_yaml
 from hpcgen.diffusion.draw import Draw
-from hpcgen.errors import Diverged, SiteError, StoppedEarly, StorageError
+from hpcgen.errors import Diverged, SiteError, StoppedEarly, StorageError, UsageError
 from hpcgen.files import append_json_line, reason, write_whole
 from hpcgen.launch.place import find_place
 from hpcgen.models.batch import Batch
@@ -66,6 +66,8 @@ def train(config: TrainConfig, model_class: Any = None) -> Progress:
             from hpcgen.models.registry import model_named
 
             model_class = model_named(config.model)
+        if config.rectify and not getattr(model_class, "RECTIFIES", False):
+            raise UsageError(f"rectify = true: the model {config.model!r} is not made for it")
         data = open_data(config, ranks.rank, ranks.world)
         torch.manual_seed(config.seed)
         state = _fresh(config, model_class, data, device)
@@ -157,7 +159,7 @@ def backward(
         last = number == len(group.shares) - 1
         alone = nullcontext() if last or not isinstance(shared, DistributedDataParallel) else shared.no_sync()
         with alone:
-            batch = _batch(config, share, step, ranks)
+            batch = _batch(config, share, step, ranks, group.made_with)
             try:
                 with _autocast(config, ranks):
                     told = shared(batch, draw)
@@ -197,7 +199,7 @@ def validate(config: TrainConfig, ranks: Ranks, data: Data, ema: nn.Module) -> d
         share = batches[number]
         crystals += share.crystals
         with _autocast(config, ranks):
-            told = ema(_batch(config, share, 0, ranks), draw)
+            told = ema(_batch(config, share, 0, ranks, data.made_with), draw)
         for name, value in told.items():
             totals[name] = totals.get(name, 0.0) + value.double() * (share.weight * share.crystals)
     sums = ranks.sum(torch.stack(list(totals.values())))
@@ -216,7 +218,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _fresh(config: TrainConfig, model_class: Any, data: Data, device: torch.device) -> State:
-    model = model_class.fitted(config.settings, data.store).to(device)
+    # the crystals that a model made have none of its conditions: what it took from its own store comes with config.init
+    new = model_class(config.settings) if config.rectify else model_class.fitted(config.settings, data.store)
+    model = new.to(device)
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if config.compile:
         model.compile()
@@ -250,7 +254,7 @@ def _settle_buckets(config: TrainConfig, shared: nn.Module, state: State, data: 
     share = StoreBatches(data.store, data.plan, rank=ranks.rank, world=ranks.world)[0]
     for _ in range(2):
         with _autocast(config, ranks):
-            loss = shared(_batch(config, share, 0, ranks), Draw(config.seed))["loss"]
+            loss = shared(_batch(config, share, 0, ranks, data.made_with), Draw(config.seed))["loss"]
         loss.backward()
     state.optimiser.zero_grad(set_to_none=True)
     state.model.load_state_dict(before)
@@ -300,14 +304,15 @@ def _resume(config: TrainConfig, state: State, data: Data, saver: Saver | None, 
     if told is not None:
         state.load(found or read_checkpoint(Path(told["resumed"]), told["sha256"]))
     elif config.init:
-        begin_with(Path(config.init), config, state)
+        begin_with(Path(config.init), config, state, str(data.store.head.settings.get("checkpoint_sha256", "")))
 
 
 # ---- within a step ---------------------------------------------------------------------------------------------------
 
 
-def _batch(config: TrainConfig, share: Share, step: int, ranks: Ranks) -> Batch:
-    return Batch.of(share.rows, torch.from_numpy(share.index), step, config.conditions, ranks.device)
+def _batch(config: TrainConfig, share: Share, step: int, ranks: Ranks, made_with: Draw | None) -> Batch:
+    conditions = () if config.rectify else config.conditions
+    return Batch.of(share.rows, torch.from_numpy(share.index), step, conditions, ranks.device, made_with)
 
 
 def _autocast(config: TrainConfig, ranks: Ranks) -> torch.autocast:

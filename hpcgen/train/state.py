@@ -141,12 +141,15 @@ def refuse_changes(path: Path, content: dict[str, Any], config: TrainConfig, dat
     return [f"{name}: {old} -> {new}" for name, (old, new) in told.items()]
 
 
-def begin_with(path: Path, config: TrainConfig, state: State) -> None:
+def begin_with(path: Path, config: TrainConfig, state: State, maker: str = "") -> None:
     """Take the weights of a trained model, and the scales it took from its own store, into a new run.
 
+    maker: hash of the model that made the crystals of the store, which that of a rectified training has to be.
     Raises InputError for a file that holds no such model; UsageError where the model's settings differ, unaccepted.
     """
     content = read_saved(path, MODEL)
+    if config.rectify and sha256_of(path) != maker:
+        raise InputError(f"{path}: rectify = true: is not the model that made {config.store}, want that one")
     if content["model"] != config.model:
         raise InputError(f"{path}: holds a model {content['model']!r}, want {config.model!r}")
     old, new = flat(content["config"]), flat(dataclasses.asdict(config.settings))
@@ -158,7 +161,8 @@ def begin_with(path: Path, config: TrainConfig, state: State) -> None:
                 f"{path}: made with {config.model}.{name} = {old[name]}, now {new[name]}: "
                 f"add accept=[{words}] to begin with it all the same"
             )
-    own = {name: state.model.state_dict()[name] for name in getattr(state.model, "TABLES", ())}
+    tables = () if config.rectify else getattr(state.model, "TABLES", ())
+    own = {name: state.model.state_dict()[name] for name in tables}
     weights = {**content["weights"], **own}
     same_shapes(path, weights, state.model)
     state.model.load_state_dict(weights)
