@@ -40,7 +40,7 @@ def test_the_first_store_its_verbs_and_the_snippet(tmp_path: Path) -> None:
         if line.startswith("hpcgen store"):
             done = sh(line.replace("STORE", "stores/prototypes"), tmp_path)
             assert done.returncode == 0, done.stderr
-    (train,) = [line for line in shell_lines() if line.startswith("hpcgen train")]
+    train = next(line for line in shell_lines() if line.startswith("hpcgen train configs/autoperi_small.yaml"))
     done = sh(f"{train} steps=2 batch.crystals=16 autoperi.layers=1 autoperi.width=32 autoperi.heads=4", tmp_path)
     assert done.returncode == 0 and (tmp_path / "runs/small/last.pt").exists(), done.stderr
     for snippet in blocks("python"):
