@@ -10,18 +10,22 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from campaign_jobs import run
 
+from hpcgen.campaign import blocks
 from hpcgen.campaign.config import PACKAGED, PAIRS, TILE, CampaignConfig
 from hpcgen.campaign.pieces import Piece, pieces
 from hpcgen.campaign.sampling import Sampler
 from hpcgen.diffusion.draw import Draw
 from hpcgen.files import read_json_lines
+from hpcgen.models.autoperi import AutoPeri
 from hpcgen.runner.cores import usable_cores
 from hpcgen.store.layout import sha256_of
 
@@ -59,6 +63,45 @@ def test_speed_of_sampling(tmp_path: Path) -> None:
         workers = {"cpu": usable_cores(), "cuda": 1}[KIND]
         print(f"| {name} | {told['crystals_per_s']:.1f} | {N / cpu:.1f} | {seconds:.1f} | {told['outside']:.2%} "
               f"| {1 - inside / (workers * seconds):.1%} | {sum(told['rejected'].values())} |", flush=True)  # fmt: skip
+
+
+# ---- where the time goes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.bench
+@pytest.mark.usefixtures("threads_restored")
+def test_where_the_time_of_a_campaign_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process: noise, network, the rest of sampling, checks and encoding, writing."""
+    spent: Counter[str] = Counter()
+
+    def timed(owner: Any, name: str, what: str) -> None:
+        real = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = clock()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                spent[what] += clock() - began
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name, what in (
+        (Draw, "uniform", "noise"),
+        (Draw, "normal", "noise"),
+        (AutoPeri, "read", "network"),
+        (Sampler, "sample", "sampling, all of it"),
+        (blocks, "encoded", "checks and encoding"),
+        (blocks, "write_arrays", "writing"),
+    ):
+        timed(owner, name, what)
+    began = clock()
+    run(PACKAGED, tmp_path / "run", n=N, device=KIND, tile=0, block=0, steps=CampaignConfig.steps)
+    whole = clock() - began
+    print(f"\n{N:,} crystals in {whole:.1f} s\n| part | share | µs a crystal |\n| --- | --- | --- |")
+    for name, seconds in spent.most_common():
+        print(f"| {name} | {seconds / whole:.1%} | {1e6 * seconds / N:,.0f} |")
+    assert spent["network"] > 0.5 * whole, "the network is what a campaign should spend its time on"
 
 
 # ---- what it costs that every crystal can be made again, bit for bit -------------------------------------------------
