@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -224,10 +225,16 @@ def test_a_campaign_out_of_time_leaves_before_it_is_ended_and_goes_on(cluster: C
     assert [name for name in litter(run) if name != "submit"] == []
 
 
-def test_a_job_that_is_told_before_it_has_begun_is_queued_again(cluster: Cluster, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", ["every task", "one task"])
+def test_a_job_that_is_told_before_it_has_begun_is_queued_again(
+    cluster: Cluster, store: Path, tmp_path: Path, told: str
+) -> None:
     job = train(cluster, store, tmp_path, "steps=5")
     until(lambda: len(ranks(job)) == 2, 60, tmp_path)
-    cluster.run("scancel", "--signal=USR2", job)  # as at the end of a job's time: no handler is there yet
+    if told == "every task":
+        cluster.run("scancel", "--signal=USR2", job)  # as at the end of a job's time: no handler is there yet
+    else:  # as where a step is still being launched: srun ends the others, and tells their 143
+        os.kill(int(ranks(job)[0]), signal.SIGUSR2)
     assert cluster.wait(job, timeout_s=120) == "COMPLETED" and cluster.show(job)["Restarts"] == "1"
     assert "left with 140 and asks to be queued again" in log_of(tmp_path, job)
 
