@@ -101,6 +101,24 @@ def test_a_piece_that_kills_its_worker_is_rejected(checkpoint: Path, tmp_path: P
     assert len(lost) < 32
 
 
+def test_a_folder_in_which_another_begins_at_this_moment_is_no_strange_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    run(checkpoint, tmp_path / "whole", n=64)
+    (tmp_path / "run").mkdir()
+    iterdir = Path.iterdir
+
+    def begun(self: Path) -> Any:
+        """What is there once the other rank has put its settings into the folder."""
+        if self == tmp_path / "run":
+            (self / "config.yaml").write_text((tmp_path / "whole" / "config.yaml").read_text())
+            (self / "all-00000.h5.0.claim").touch()
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", begun)
+    assert run(checkpoint, tmp_path / "run", n=64).written == 64
+
+
 def test_tiles_encoded_while_the_next_is_sampled_are_the_same(checkpoint: Path, tmp_path: Path) -> None:
     run(checkpoint, tmp_path / "whole", n=64, tile=16, block=64)
     config = generate.read_config(tmp_path / "whole")

@@ -128,15 +128,15 @@ def _refuse_other(run: Path, config: CampaignConfig) -> None:
         return
     if not run.is_dir():
         raise UsageError(f"{run}: is a file, want a folder for the run")
-    if (run / CONFIG).exists():
+    foreign = sorted(
+        e.name for e in run.iterdir() if e.name not in HOUSEKEEPING and not e.name.startswith(f"{CONFIG}.")
+    )
+    if (run / CONFIG).exists():  # looked for after the others: another rank may begin at this very moment
         old = read_config(run)
         refuse_changes(old, config)
         if old.torch != config.torch:
             log.warning("%s: was begun with torch %s, this is %s: last bits may differ", run, old.torch, config.torch)
         return
-    foreign = sorted(
-        e.name for e in run.iterdir() if e.name not in HOUSEKEEPING and not e.name.startswith(f"{CONFIG}.")
-    )
     if foreign:
         raise UsageError(f"{run}: holds {foreign[0]!r} and no campaign; want a new or empty folder with --out")
 
