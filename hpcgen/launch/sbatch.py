@@ -31,7 +31,7 @@ elif [ "$code" -ne 75 ] && [ "$code" -ne 140 ] && [ "$code" -ne 143 ]; then
 fi
 # 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
 # Where USR2 ended one task and srun then the others by TERM, srun tells 143.
-if tail -c "+$((begun + 1))" "$log" | grep -q "User defined signal 2"; then code=140; fi
+if grep -q "User defined signal 2" < <(tail -c "+$((begun + 1))" "$log"); then code=140; fi
 for _ in $(seq 20); do # the controller may be away for a while
     state=$(scontrol show job "$job") && break
     command -v scontrol > /dev/null || break # there is none

@@ -21,6 +21,7 @@ if ! { mkdir -p "${log%/*}" && exec >> "$log" 2>&1; }; then
         tee -a "$HOME/hpcgen-$SLURM_JOB_ID.log" >&2 # a place where it may be found
     exit 7
 fi
+begun=$(wc -c < "$log") # where the words of this start begin
 
 # The site's own lines.
 module load python cudatoolkit
@@ -45,6 +46,8 @@ elif [ "$code" -ne 75 ] && [ "$code" -ne 140 ] && [ "$code" -ne 143 ]; then
     exit "$code"
 fi
 # 75: stopped early, all is saved. 140, 143: ended by USR2 or TERM before it began. All go on from what is saved.
+# Where USR2 ended one task and srun then the others by TERM, srun tells 143.
+if grep -q "User defined signal 2" < <(tail -c "+$((begun + 1))" "$log"); then code=140; fi
 for _ in $(seq 20); do # the controller may be away for a while
     state=$(scontrol show job "$job") && break
     command -v scontrol > /dev/null || break # there is none
