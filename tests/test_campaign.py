@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hpcgen.campaign.config import PACKAGED, CampaignConfig, read_config
 from hpcgen.campaign.pieces import Kept, Sampled, pieces
 from hpcgen.campaign.sampling import Sampler, size_chances
 from hpcgen.campaign.targets import targets_of
+from hpcgen.campaign.tuning import tried
 from hpcgen.crystal.composition import formula_key
 from hpcgen.crystal.crystals import Crystals
 from hpcgen.diffusion.draw import Draw, Purpose
@@ -30,6 +32,7 @@ from hpcgen.errors import StoppedEarly, UsageError
 from hpcgen.files import read_json_lines
 from hpcgen.models.autoperi import AutoPeri
 from hpcgen.models.saved import MODEL, read_saved
+from hpcgen.runner.stop import StopFlag
 from hpcgen.store.inspect import check, describe
 from hpcgen.store.layout import sha256_of
 from hpcgen.store.read import Store
@@ -83,8 +86,17 @@ def test_sizes_measured_at_the_start_are_those_of_the_run(checkpoint: Path, tmp_
     run(checkpoint, tmp_path / "same", n=400, tile=config.tile, pairs=config.pairs, block=0)
     assert run(checkpoint, tmp_path / "run", n=400, **tuned).sampled < 400
     assert content(tmp_path / "run") == content(tmp_path / "same")
+    assert run(checkpoint, tmp_path / "run", n=400, tile=0, block=0).sampled == 0, "the folder's go on"
     with pytest.raises(UsageError, match="was begun with tile = "):
         run(checkpoint, tmp_path / "run", n=400, **{**tuned, "tile": 3 * config.tile})
+
+
+def test_a_stop_is_heard_while_sizes_are_measured(whole: Path) -> None:
+    stop = StopFlag()
+    stop.set("SIGTERM")
+    config = replace(read_config(whole), tile=0, pairs=0, block=0)
+    with pytest.raises(StoppedEarly, match="SIGTERM"):
+        tried(config, None, 1, stop.check)
 
 
 def test_again_does_nothing(checkpoint: Path, whole: Path) -> None:

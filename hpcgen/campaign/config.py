@@ -124,7 +124,7 @@ class CampaignConfig:
         """Atomic numbers of the chemical system asked for. Raises UsageError."""
         if not self.elements:
             return ()
-        from hpcgen.crystal.composition import ATOMIC_NUMBERS  # it imports torch
+        from hpcgen.crystal.composition import ATOMIC_NUMBERS  # it imports numpy
 
         symbols = self.elements.split("-")
         for symbol in symbols:

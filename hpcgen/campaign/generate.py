@@ -85,6 +85,7 @@ def _resolved(
                 f"--n {config.n}: {len(targets)} formulas, {config.per_formula} of each, are {n} crystals; leave it out"
             )
     kind = device.type
+    later = config.tune or (Path(config.out) / CONFIG).exists()  # measured, or those of the folder
     resolved = dataclasses.replace(
         config,
         n=n,
@@ -94,8 +95,8 @@ def _resolved(
         checkpoint_sha256=sha256,
         targets_sha256=targets.sha256 if targets is not None else "",
         device=kind,
-        tile=config.tile or (0 if config.tune else TILE[kind]),
-        pairs=config.pairs or (0 if config.tune else PAIRS[kind]),
+        tile=config.tile or (0 if later else TILE[kind]),
+        pairs=config.pairs or (0 if later else PAIRS[kind]),
         torch=torch.__version__,
     ).checked()
     return resolved, facts
@@ -145,7 +146,7 @@ def _settle(run: Path, config: CampaignConfig, targets: Targets | None, lease: L
     """Agree with the others, and with earlier launches, on what is measured; put the config into the folder."""
 
     def begin(draft: Path) -> None:
-        fresh = _measured(run, config, targets, lease.team) if config.tune else config
+        fresh = _measured(run, config, targets, lease.team, stop) if config.tune else config
         fresh = dataclasses.replace(fresh, block=fresh.block or _block_size(fresh, lease.team))
         draft.write_text(to_yaml(fresh), encoding="utf-8")
 
@@ -159,9 +160,9 @@ def _settle(run: Path, config: CampaignConfig, targets: Targets | None, lease: L
     return settled
 
 
-def _measured(run: Path, config: CampaignConfig, targets: Targets | None, team: Team) -> CampaignConfig:
+def _measured(run: Path, config: CampaignConfig, targets: Targets | None, team: Team, stop: StopFlag) -> CampaignConfig:
     """With the fastest tile and pairs. What others gave is in the events of the folder."""
-    trials = tried(config, targets, _all_workers(config, team))
+    trials = tried(config, targets, _all_workers(config, team), stop.check)
     if not any(trial.crystals_per_s for trial in trials):
         raise UsageError("--tune: no tile could be measured; want --tile and --pairs")
     append_json_line(run / EVENTS, event="tuned", trials=[dataclasses.asdict(trial) for trial in trials])

@@ -6,6 +6,7 @@ Tile and pairs, no more: a worker on a CPU has one thread, as last bits depend o
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -28,10 +29,11 @@ class Trial:
     crystals_per_s: float  # of one worker, at the steps of the campaign; 0 where the memory does not hold a piece
 
 
-def tried(config: CampaignConfig, targets: Targets | None, workers: int) -> list[Trial]:
+def tried(config: CampaignConfig, targets: Targets | None, workers: int, go_on: Callable[[], None]) -> list[Trial]:
     """Settings that may be, each measured in some seconds. config: resolved, but for a tile and pairs of 0.
 
     workers: of the campaign; a tile is no larger than leaves one for each, and divides the block if that is given.
+    go_on is called before each step: it may raise to stop.
     """
     kind = config.device
     sizes = {(config.tile or int(TILE[kind] * scale), config.pairs or int(PAIRS[kind] * scale)) for scale in SCALES}
@@ -42,18 +44,18 @@ def tried(config: CampaignConfig, targets: Targets | None, workers: int) -> list
     for tile, pairs in sorted(sizes):
         if (tile * workers > config.asked and tile > least) or config.block % tile:
             continue
-        _seconds(sampler, least, pairs)  # else the first pays for what is done once
-        seconds = _seconds(sampler, tile, pairs)
+        _seconds(sampler, least, pairs, go_on)  # else the first pays for what is done once
+        seconds = _seconds(sampler, tile, pairs, go_on)
         made.append(Trial(tile, pairs, round(tile * STEPS / (seconds * config.steps), 2) if seconds else 0.0))
         log.info("tile %d, %d pairs: %.1f crystals/s of one worker", tile, pairs, made[-1].crystals_per_s)
     return made
 
 
-def _seconds(sampler: Sampler, tile: int, pairs: int) -> float:
+def _seconds(sampler: Sampler, tile: int, pairs: int, go_on: Callable[[], None]) -> float:
     """Of the first tile; 0 where the memory does not hold it."""
     index = np.arange(tile)
     began = time.perf_counter()
-    parts = [sampler.sample(piece, lambda: None) for piece in pieces(index, sampler.num_atoms(index), pairs)]
+    parts = [sampler.sample(piece, go_on) for piece in pieces(index, sampler.num_atoms(index), pairs)]
     seconds = time.perf_counter() - began
     whole = Sampled.join(parts)
     return 0.0 if whole.halved.any() or (whole.reason != b"").any() else seconds
