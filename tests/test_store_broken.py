@@ -17,9 +17,12 @@ import pytest
 from store_rows import HEAD, RADIUS, a_store, everything, flip, read, rows, same
 
 from hpcgen.errors import InputError, SiteError, StorageError, UsageError
+from hpcgen.runner.blocks import Block
+from hpcgen.store.build import Later
 from hpcgen.store.inspect import check
 from hpcgen.store.layout import read_manifest, shard_info, write_manifest
 from hpcgen.store.read import Store
+from hpcgen.store.staging import read_staged, write_staged
 from hpcgen.store.write import StoreWriter, write_store, write_whole_shard
 
 store = a_store
@@ -262,3 +265,31 @@ except SiteError as fault: assert "train-00000.h5: cannot be read now" in str(fa
 else: raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# what lies between the passes of a build
+
+
+def test_a_damaged_staging_file_is_named_and_no_flip_goes_unseen(tmp_path: Path) -> None:
+    file = tmp_path / "parsed-00000.npz"
+    write_staged(file, rows(3), HEAD, [])
+    whole, wanted = file.read_bytes(), read_staged(file, HEAD.columns)
+    named = 0
+    for at in range(0, len(whole), 3):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        try:
+            found = read_staged(file, HEAD.columns)
+            assert all(np.array_equal(found[name], wanted[name], equal_nan=found[name].dtype.kind == "f")
+                       for name in wanted)  # fmt: skip
+        except InputError as fault:
+            named += 1
+            assert "parsed-00000.npz" in str(fault)
+    assert named > len(whole) // 6
+    file.write_bytes(whole[:-9])
+    with pytest.raises(InputError, match=r"parsed-00000.npz: the shard is damaged"):
+        read_staged(file, HEAD.columns)
+
+
+def test_work_that_cannot_be_imported_is_the_environments_fault(tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="hpcgen.store.nowhere cannot be imported here"):
+        Later("nowhere", "Nothing", ())(Block(0, tmp_path / "a"), tmp_path / "b", None)

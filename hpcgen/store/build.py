@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from hpcgen.crystal.magpie import MAGPIE_COLUMNS
-from hpcgen.errors import DONE, TOO_MANY_FAILED, HpcgenError, InputError, UsageError
+from hpcgen.errors import DONE, TOO_MANY_FAILED, HpcgenError, InputError, SiteError, UsageError
 from hpcgen.files import make_folder, write_json
 from hpcgen.runner.blocks import Block, How, once, run_blocks
 from hpcgen.runner.lease import HOUSEKEEPING, Lease
@@ -88,7 +88,11 @@ class Later:
     told: tuple[Any, ...]  # to the class
 
     def __call__(self, block: Block, draft: Path, cursor: Cursor) -> dict[str, int | float] | None:
-        work: Work = getattr(import_module(f"hpcgen.store.{self.module}"), self.name)(*self.told)
+        try:
+            module = import_module(f"hpcgen.store.{self.module}")
+        except (ImportError, OSError) as fault:
+            raise SiteError(f"hpcgen.store.{self.module} cannot be imported here ({fault})") from fault
+        work: Work = getattr(module, self.name)(*self.told)
         return work(block, draft, cursor)
 
 

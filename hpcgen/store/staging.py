@@ -7,6 +7,8 @@ tenth of HDF5's time, which every one of its small arrays costs. Imports no torc
 import csv
 import io
 import json
+import struct
+import tokenize
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ def _read(path: Path, names: Sequence[str]) -> Arrays:
         try:
             with np.load(path) as file:
                 return {name: file[name] for name in names}
-        except (zipfile.BadZipFile, EOFError) as fault:
+        except (zipfile.BadZipFile, EOFError, struct.error, tokenize.TokenError) as fault:
             raise ValueError(str(fault)) from fault
 
 
