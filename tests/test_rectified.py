@@ -183,6 +183,10 @@ def test_what_cannot_be_rectified(pairs: tuple[Path, Path], tmp_path: Path) -> N
     campaign(pairs[0], tmp_path / "churned", n=8, churn=1.0)
     with pytest.raises(InputError, match=r"made with churn = 1.0, want --churn 0"):
         trained((pairs[0], tmp_path / "churned"), tmp_path / "b")
+    for name, value in (("conditions", {"band_gap": 1.0}), ("guidance", 2.0), ("elements", "Na-Cl")):
+        campaign(pairs[0], tmp_path / name, n=8, churn=0.0, **{name: value})
+        with pytest.raises(InputError, match=f"made with {name} = .*want it left out"):
+            trained((pairs[0], tmp_path / name), tmp_path / f"to-{name}")
     other = make_checkpoint(tmp_path / "other.pt", seed=1)
     with pytest.raises(InputError, match="is not the model that made"):
         trained((other, pairs[1]), tmp_path / "c")

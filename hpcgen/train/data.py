@@ -63,6 +63,9 @@ def _made_with(store: Store) -> Draw:
         raise InputError(f"{store.path}: rectify = true: a store of {store.head.source!r}, want a campaign's")
     if made.get("churn", 0.0) != 0.0:
         raise InputError(f"{store.path}: rectify = true: made with churn = {made['churn']}, want --churn 0")
+    for name, plain in (("conditions", {}), ("elements", ""), ("guidance", 1.0)):
+        if made.get(name, plain) != plain:
+            raise InputError(f"{store.path}: rectify = true: made with {name} = {made[name]}, want it left out")
     return Draw(int(made["seed"]))
 
 
