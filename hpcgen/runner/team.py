@@ -5,7 +5,9 @@ token of the launch, and to end all ranks when one fails. The work itself is sha
 """
 
 import logging
+import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -83,6 +85,9 @@ class Team:
         def give_up(why: str) -> None:
             log.warning("%s%s", fault, why)
             _flush()
+            folder = multiprocessing.current_process()._config.get("tempdir")  # type: ignore[attr-defined]
+            if folder:  # of this process's workers; no exit hook will remove it
+                shutil.rmtree(folder, ignore_errors=True)
             os._exit(exit_code(fault))
 
         plugin = _slurms_plugin(os.environ)
