@@ -78,7 +78,7 @@ def seconds_to_leave(cluster: Cluster, job: str, run: Path, began: float) -> flo
 
     def told() -> bool:
         asked.append(time.monotonic())
-        return cluster.show(job)["PreemptTime"] != "None" or not ranks(job)
+        return cluster.show(job).get("PreemptTime", "") != "None" or not ranks(job)  # a queued job has none
 
     until(told, 60, run)
     until(lambda: not ranks(job), 30, run)
