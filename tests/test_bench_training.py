@@ -110,6 +110,7 @@ def test_speed_against_atoms_per_crystal(tmp_path: Path) -> None:
         spent, work = seconds(step), counter.get_total_flops()
         print(f"| {atoms} | {count} | {count / spent:,.0f} | {work / count / 1e9:.2f} | {work / spent / peak:.0%} |",
               flush=True)  # fmt: skip
+        assert 0.02 < work / spent / peak <= 1, "no less than passes over the pairs explain, no more than there is"
 
 
 def test_work_of_the_full_size_recipe(tmp_path: Path) -> None:
@@ -122,8 +123,11 @@ def test_work_of_the_full_size_recipe(tmp_path: Path) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with FlopCounterMode(display=False) as counter:
         model(Batch.of(Store(path, "train").rows(range(32)), torch.arange(32), 0), Draw(0))["loss"].backward()
+    work = counter.get_total_flops() / 32 / 1e9
     print(f"\n{parameters / 1e6:.1f} million parameters, {4 * parameters / 1e6:.0f} MB of gradients, "
-          f"{counter.get_total_flops() / 32 / 1e9:.2f} GFLOP for a crystal of 2 to 20 atoms")  # fmt: skip
+          f"{work:.2f} GFLOP for a crystal of 2 to 20 atoms")  # fmt: skip
+    assert parameters / 1e6 == pytest.approx(45.4, abs=0.1), "what the estimate of BENCHMARKS.md rests on"
+    assert work == pytest.approx(5.8, abs=0.3), "the same"
 
 
 def whole_training(path: Path, out: Path, ranks: int, *words: str) -> float:

@@ -3,7 +3,7 @@
 Clear means: every operation that could be a symmetry fits well within the tolerance or fails far beyond it, so that
 any way to apply the tolerance finds the same group. For these the group's translations are made exact, sites and metric
 are averaged over it, and the space group is looked up by the operations. All others are left to moyo, which takes
-about three times as long for each.
+four to six times as long for each.
 """
 
 from collections.abc import Iterator
