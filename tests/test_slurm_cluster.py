@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from slurm_cluster import GPUS, NODES, Cluster
+from slurm_jobs import until
 
 pytestmark = [pytest.mark.slurm]
 
@@ -29,6 +30,7 @@ def test_a_preempted_job_is_requeued_and_runs_again(cluster: Cluster, tmp_path: 
     assert cluster.wait(job, ("PENDING", "REQUEUED")) and cluster.wait(high) == "COMPLETED"
     cluster.wait(job, "RUNNING")
     assert cluster.show(job)["Restarts"] == "1"
+    until(lambda: "start 1" in log.read_text(), 60, tmp_path)  # RUNNING is said before the script has begun
     cluster.run("scancel", job)
     assert cluster.wait(job) == "CANCELLED"
     said = log.read_text()
