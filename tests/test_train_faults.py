@@ -380,6 +380,7 @@ def test_saves_by_time(store: Path, tmp_path: Path) -> None:
         (["lr=nan"], "lr = nan: want more than 0"),
         (["ema=1"], "ema = 1.0: want at least 0 and less than 1"),
         (["betas=[0.9]"], "betas"),
+        (["muon=-1"], "muon = -1.0: want at least 0"),
         (["precision=fp8"], "precision = 'fp8': want one of float32, bf16, fp16"),
         (["model=gan"], "model = 'gan': want one of autoperi"),
         (["device=tpu"], "device = 'tpu': want one of auto, cpu, cuda"),

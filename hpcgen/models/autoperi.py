@@ -71,6 +71,7 @@ class AutoPeri(nn.Module):
     Config = AutoPeriConfig
     TABLES = ("size_counts",)  # taken from the store of a training, also where it begins with a trained model
     RECTIFIES = True
+    INNER = ("network.told.", "network.modulation.", "network.layers.")
 
     lattice_mean: Tensor
     lattice_std: Tensor

@@ -52,6 +52,7 @@ class TrainConfig:
     lr: float = 1e-4
     weight_decay: float = 0.0  # on matrices, not on biases and scales
     betas: tuple[float, float] = (0.9, 0.999)
+    muon: float = 0.0  # steps of the matrices of hidden layers by Muon, in units of lr; 0: by AdamW like all else
     warmup: int = 1000  # steps in which the learning rate rises to lr
     lr_floor: float = 0.01  # share of lr at the last step, after a cosine
     clip: float = 1.0  # largest norm of the gradient; 0: any
@@ -106,7 +107,7 @@ class TrainConfig:
             _want(name, getattr(self, name), at_least=1)
         for name in ("warmup", "validate_every", "validate_batches", "save_every_steps", "threads", "workers"):
             _want(name, getattr(self, name), at_least=0)
-        for name in ("weight_decay", "clip", "save_every_s", "time_limit_s"):
+        for name in ("weight_decay", "muon", "clip", "save_every_s", "time_limit_s"):
             _want(name, getattr(self, name), at_least=0)
         for name in ("lr", "bucket_cap_mb", "timeout_s"):
             _want(name, getattr(self, name), over=0)

@@ -33,6 +33,7 @@ from hpcgen.train.config import TrainConfig
 from hpcgen.train.data import Data, Group, groups, open_data
 from hpcgen.train.dist import Ranks, find_device, join
 from hpcgen.train.journal import Journal
+from hpcgen.train.muon import optimiser_for
 from hpcgen.train.saving import Saver
 from hpcgen.train.state import (
     Progress,
@@ -224,10 +225,9 @@ def _fresh(config: TrainConfig, model_class: Any, data: Data, device: torch.devi
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     if config.compile:
         model.compile()
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    shares = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW([s for s in shares if s["params"]], lr=config.lr, betas=config.betas, fused=True)
+    optimiser = optimiser_for(
+        model, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, muon=config.muon
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     return State(model, ema, optimiser, scaler, Progress())
 
