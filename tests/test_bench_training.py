@@ -4,7 +4,6 @@
 of configs/autoperi_mp20.yaml on a GPU; the crystals are random ones, as no speed depends on what they are.
 """
 
-import itertools
 import json
 import os
 import subprocess
@@ -34,7 +33,12 @@ KIND = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = ROOT / "configs" / {"cpu": "autoperi_packaged.yaml", "cuda": "autoperi_mp20.yaml"}[KIND]
 PRECISION = {"cpu": torch.float32, "cuda": torch.bfloat16}[KIND]
 PAIRS = {"cpu": 2**14, "cuda": 2**20}[KIND]  # of atoms in a batch of one size
-RANKS = list(dict.fromkeys((1, 2, 4) if KIND == "cpu" else (1, torch.cuda.device_count())))
+SPLIT = ("accumulate=4", "batch.crystals=32")  # as many crystals a step, summed over the ranks once
+WHOLE = {
+    "cpu": [(1, ()), (2, ()), (4, ()), (2, SPLIT), (2, ("muon=3",)), (1, ("compile=true",)), (2, ("compile=true",))],
+    "cuda": [(world, (word,)) for world in dict.fromkeys((1, torch.cuda.device_count())) for word in (
+        "compile=false", "compile=true", "muon=3")],
+}  # fmt: skip
 SIZES = (5, 10, 20, 52, 100)
 STEPS = 60  # of a whole training, behind as many to warm up
 VOLUME = 20.0  # Å³ for each atom
@@ -134,7 +138,7 @@ def whole_training(path: Path, out: Path, ranks: int, *words: str) -> float:
     """Crystals/s of the second half of a training."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "hpcgen.cli"]
     own = [f"store={path}", f"out={out}", "conditions=[]", "validate_every=0", f"steps={2 * STEPS}", "threads=1",
-           f"log_every={STEPS}", "tensorboard=false", "autoperi.max_atoms=100"]  # fmt: skip
+           f"log_every={STEPS}", "tensorboard=false", "autoperi.max_atoms=100", "muon=0", "compile=false"]  # fmt: skip
     subprocess.run([*command, "train", CONFIG, *own, *words], env=ENV, cwd=ROOT, check=True, capture_output=True)
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["crystals_per_s"]
 
@@ -150,9 +154,9 @@ def test_speed_of_whole_trainings(tmp_path: Path) -> None:
     loader, fastest = given / (time.perf_counter() - began), 0.0
     print(f"\n2 to 20 atoms, batches of {config.batch.crystals}, {os.cpu_count()} cores; the loader alone gives "
           f"{loader:,.0f} crystals/s")  # fmt: skip
-    print("| ranks of one thread | compiled | crystals/s |\n" + "| --- " * 3 + "|")
-    for world, compiled in itertools.product(RANKS, ("false", "true")):
-        rate = whole_training(path, tmp_path / f"run{world}{compiled}", world, f"compile={compiled}")
+    print("| ranks of one thread | | crystals/s |\n" + "| --- " * 3 + "|")
+    for world, words in WHOLE[KIND]:
+        rate = whole_training(path, tmp_path / f"run{world}{'-'.join(words)}", world, *words)
         fastest = max(fastest, rate)
-        print(f"| {world} | {compiled} | {rate:,.0f} |", flush=True)
+        print(f"| {world} | {' '.join(words)} | {rate:,.0f} |", flush=True)
     assert loader > 5 * fastest, "the loader holds training up"
