@@ -1,11 +1,12 @@
-"""Crystals per second of the packaged model against steps, batch and precision. `pytest -m bench -s` this file.
+"""Crystals per second of the packaged model against steps, batch, precision, atoms and processes.
 
-On a GPU if there is one, else on all cores; HPCGEN_BENCH_N: crystals of each row. Beside other work the time of the
-processors says more than the clock. Of the time outside the model the first figure is the summary's, from the start of
-the campaign on; the second also counts the imports before it and the way out after it.
+`pytest -m bench -s` this file, on a GPU if there is one, else on all cores; HPCGEN_BENCH_N: crystals of a row. Beside
+other work the time of the processors says more than the clock. Of the time outside the model the first figure is the
+summary's, from the start of the campaign on; the second also counts the imports before it and the way out after it.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from campaign_jobs import run
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpcgen.campaign import blocks
 from hpcgen.campaign.config import PACKAGED, PAIRS, TILE, CampaignConfig
-from hpcgen.campaign.pieces import Piece, pieces
+from hpcgen.campaign.pieces import STEP, Piece, pieces
 from hpcgen.campaign.sampling import Sampler
 from hpcgen.diffusion.draw import Draw
 from hpcgen.files import read_json_lines
@@ -63,6 +65,87 @@ def test_speed_of_sampling(tmp_path: Path) -> None:
         workers = {"cpu": usable_cores(), "cuda": 1}[KIND]
         print(f"| {name} | {told['crystals_per_s']:.1f} | {N / cpu:.1f} | {seconds:.1f} | {told['outside']:.2%} "
               f"| {1 - inside / (workers * seconds):.1%} | {sum(told['rejected'].values())} |", flush=True)  # fmt: skip
+
+
+# ---- atoms per crystal, and workers ----------------------------------------------------------------------------------
+
+SIZES = (5, 10, 20, 52, 100)
+
+
+def command(out: Path, *words: str) -> tuple[dict[str, Any], float, float]:
+    """A campaign by the command line: its summary, its seconds, and MB of its largest process."""
+    began = time.perf_counter()
+    words = ("-m", "hpcgen.cli", "campaign", "--out", str(out), *words)
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    return json.loads((out / "summary.json").read_text()), time.perf_counter() - began, used.ru_maxrss / 1e3
+
+
+@pytest.mark.bench
+@pytest.mark.usefixtures("threads_restored")
+def test_speed_against_atoms_per_crystal(tmp_path: Path) -> None:
+    """The network alone in one process, then campaigns on all cores, as many atoms altogether in each."""
+    torch.set_num_threads(1 if KIND == "cpu" else torch.get_num_threads())
+    peak, pairs = matrix_peak(torch.float32), PAIRS[KIND]
+    print(f"\nfloat32, products of matrices {peak / 1e9:,.0f} GFLOP/s; {CampaignConfig.steps} calls a crystal")
+    print("| atoms | crystals at once | network alone, crystals/s | MFLOP a call | share of the peak "
+          "| end to end, crystals/s | of the command | largest process, MB |\n" + "| --- " * 8 + "|")  # fmt: skip
+    for atoms in SIZES:
+        config = CampaignConfig(num_atoms=str(atoms), device=KIND, checkpoint_sha256=sha256_of(PACKAGED))
+        sampler, count = Sampler(config, None), max(1, pairs // (-(-atoms // STEP) * STEP) ** 2)
+        piece = pieces(np.arange(count), np.full(count, atoms), pairs)[0]
+        spent = [0.0]
+        real = sampler.model.read
+
+        def read(*args: Any, real: Any = real, spent: list[float] = spent) -> Any:
+            began = clock()
+            said = real(*args)
+            spent[0] += clock() - began
+            return said
+
+        sampler.model.read = read
+        with FlopCounterMode(display=False) as counter:
+            sampler.sample(piece, lambda: None)
+        work, spent[0] = counter.get_total_flops() / config.steps / count, 0.0
+        for _ in range(2):
+            sampler.sample(piece, lambda: None)
+        alone = 2 * count / spent[0]
+        sampler.model.read = real
+        n = max(1, N * 10 // atoms)
+        told, seconds, memory = command(tmp_path / f"a{atoms}", "--n", str(n), "--num-atoms", str(atoms))
+        share = alone * config.steps * work / peak
+        print(f"| {atoms} | {count} | {alone:,.1f} | {work / 1e6:,.0f} | {share:.0%} | {told['crystals_per_s']:.1f} "
+              f"| {n / seconds:.1f} | {memory:,.0f} |", flush=True)  # fmt: skip
+        assert 0.02 < share <= 1.1
+
+
+@pytest.mark.bench
+@pytest.mark.skipif(KIND == "cuda", reason="a GPU has one process")
+def test_speed_against_processes(tmp_path: Path) -> None:
+    print(
+        f"\n{N:,} crystals each\n| processes | crystals/s | of the command | largest process, MB |\n"
+        + "| --- " * 4
+        + "|"
+    )
+    for processes in dict.fromkeys((0, 1, 2, usable_cores(), 2 * usable_cores())):
+        told, seconds, memory = command(tmp_path / f"p{processes}", "--n", str(N), "--processes", str(processes))
+        print(
+            f"| {processes or 'itself'} | {told['crystals_per_s']:.1f} | {N / seconds:.1f} | {memory:,.0f} |",
+            flush=True,
+        )
+
+
+def matrix_peak(dtype: torch.dtype) -> float:
+    """Of the product of two large matrices. Operations/s"""
+    n = {"cpu": 1024, "cuda": 8192}[KIND]
+    a, b = (torch.randn(n, n, device=KIND, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        began = clock()
+        torch.mm(a, b)
+        best = min(best, clock() - began)
+    return 2 * n**3 / best
 
 
 # ---- where the time goes ---------------------------------------------------------------------------------------------
