@@ -154,7 +154,7 @@ def test_speed_of_whole_trainings(tmp_path: Path) -> None:
     loader, fastest = given / (time.perf_counter() - began), 0.0
     print(f"\n2 to 20 atoms, batches of {config.batch.crystals}, {os.cpu_count()} cores; the loader alone gives "
           f"{loader:,.0f} crystals/s")  # fmt: skip
-    print("| ranks of one thread | | crystals/s |\n" + "| --- " * 3 + "|")
+    print("| ranks of one thread | settings | crystals/s |\n" + "| --- " * 3 + "|")
     for world, words in WHOLE[KIND]:
         rate = whole_training(path, tmp_path / f"run{world}{'-'.join(words)}", world, *words)
         fastest = max(fastest, rate)

@@ -84,7 +84,16 @@ def test_no_sampling_step_waits_for_the_gpu() -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [["precision=float32"], ["precision=bf16"], ["precision=fp16"], ["precision=bf16", "compile=true"]], ids=str
+    "how",
+    [
+        ["precision=float32"],
+        ["precision=bf16"],
+        ["precision=fp16"],
+        ["precision=bf16", "compile=true"],
+        ["precision=bf16", "muon=2"],
+        ["precision=fp16", "muon=2"],
+    ],
+    ids=str,
 )
 def test_training_under_torchrun_stops_and_goes_on(tmp_path: Path, how: list[str]) -> None:
     store = make_store(tmp_path / "store")

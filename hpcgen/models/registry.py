@@ -4,7 +4,7 @@
                                          `conditions`, those are the properties that a campaign may ask for
     Model.TABLES                         names of buffers that a training which begins with a trained model takes anew
     Model.RECTIFIES                      True where forward learns crystals with the noise of batch.origin, if any
-    Model.INNER                          how names of hidden layers' parameters begin: Muon may move their matrices
+    Model.INNER                          prefixes of the names of hidden layers' parameters, whose matrices `muon` moves
     Model.fitted(config, store) -> Model  a new one, its scales and tables taken from a training store
     model.size_counts                    buffer (M + 1,): how many training crystals had 0, 1, ... M atoms
     model.condition_range                buffer (conditions, 4): mean, deviation, least and most in training

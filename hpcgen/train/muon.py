@@ -21,8 +21,12 @@ class Muon(torch.optim.AdamW):
     For a matrix W (m, n) with gradient G: M ← μ M + (1 - μ) G, and with the Nesterov step N = μ M + (1 - μ) G
     W ← (1 - lr · decay) W - lr · muon · 0.2 √max(m, n) · O(N), O(N) ≈ U Vᵀ for N = U S Vᵀ. K. Jordan et al., Muon, 2024
     (kellerjordan.github.io/posts/muon); the scale, by which lr and decay are those of AdamW: J. Liu et al.,
-    arXiv:2502.16982, 2025. Gradients of these matrices are used up by a step.
+    arXiv:2502.16982, 2025. Gradients of these matrices are set to None by a step.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self._step_supports_amp_scaling = False  # GradScaler itself leaves out a step that is not finite
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -56,10 +60,14 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Nearly U Vᵀ for each of B matrices U S Vᵀ: singular values between 0.7 and 1.2. (B, m, n) -> bfloat16."""
+    """Nearly U Vᵀ for each of B matrices U S Vᵀ. (B, m, n) -> the same, in half precision from a GPU.
+
+    Singular values above some 0.002 of the norm come to between 0.65 and 1.2, smaller ones stay smaller.
+    """
     wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = (matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)).bfloat16()
+    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     x = x if wide else x.mT
+    x = x if x.device.type == "cpu" else x.bfloat16()  # many processors have no fast bfloat16
     for _ in range(_ROUNDS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=_B, alpha=_C), x, beta=_A)
@@ -71,7 +79,8 @@ def optimiser_for(
 ) -> torch.optim.Optimizer:
     """AdamW, with Muon for the matrices of hidden layers where muon, their step in units of lr, is not 0.
 
-    Decay is for matrices, not for biases and scales. Raises UsageError if the model does not name its hidden layers.
+    Decay is for matrices, not for biases and scales. Raises UsageError if the model does not name its hidden layers, or
+    names some that it has not.
     """
     named = list(model.named_parameters())
     inner: tuple[str, ...] = getattr(model, "INNER", ()) if muon else ()
@@ -86,4 +95,7 @@ def optimiser_for(
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
     if not hidden:
         raise UsageError(f"muon = {muon:g}: {type(model).__name__} names no hidden layers (INNER); want muon=0")
+    for prefix in inner:
+        if not any(name.startswith(prefix) for name in hidden):
+            raise UsageError(f"muon = {muon:g}: {type(model).__name__} has no matrix {prefix}… (INNER); want muon=0")
     return Muon(groups, lr=lr, betas=betas, fused=True)

@@ -60,7 +60,11 @@ class State:
         """Take over what `content` gave."""
         self.model.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])
+        groups = self.optimiser.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         self.optimiser.load_state_dict(content["optimiser"])
+        for group, now in zip(self.optimiser.param_groups, settings, strict=True):
+            group.update(now)  # what was accepted may differ from what was saved
         if self.scaler.is_enabled() and content["scaler"]:
             self.scaler.load_state_dict(content["scaler"])
         self.progress = Progress(**content["progress"])
@@ -132,6 +136,12 @@ def refuse_changes(path: Path, content: dict[str, Any], config: TrainConfig, dat
         told["store"] = (content["data"][:12] + "…", data[:12] + "… (hash of its training crystals)")
     if "model" in told:
         raise UsageError(f"{path}: made with model = {told['model'][0]}, now {config.model}; want another out")
+    if "muon" in told and 0 in told["muon"]:
+        old, new = told["muon"]
+        raise UsageError(
+            f"{path}: made with muon = {old:g}, now {new:g}: its optimiser remembers other things; want another out, "
+            "which may begin with these weights (init=)"
+        )
     for name, (old, new) in told.items():
         if name not in config.accept:
             raise UsageError(
