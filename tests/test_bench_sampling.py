@@ -74,7 +74,7 @@ SIZES = (5, 10, 20, 52, 100)
 
 
 def command(out: Path, *words: str) -> tuple[dict[str, Any], float, float]:
-    """A campaign by the command line: its summary, its seconds, and MB of its largest process."""
+    """A campaign by the command line: its summary, its seconds, and MB of its first process."""
     watch = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -88,12 +88,12 @@ def command(out: Path, *words: str) -> tuple[dict[str, Any], float, float]:
 @pytest.mark.bench
 @pytest.mark.usefixtures("threads_restored")
 def test_speed_against_atoms_per_crystal(tmp_path: Path) -> None:
-    """The network alone in one process, then campaigns on all cores, as many atoms altogether in each."""
+    """The network alone, then campaigns of one process, as many atoms altogether in each."""
     torch.set_num_threads(1 if KIND == "cpu" else torch.get_num_threads())
     peak, pairs = matrix_peak(torch.float32), PAIRS[KIND]
     print(f"\nfloat32, products of matrices {peak / 1e9:,.0f} GFLOP/s; {CampaignConfig.steps} calls a crystal")
     print("| atoms | crystals at once | network alone, crystals/s | MFLOP a call | share of the peak "
-          "| end to end, crystals/s | of the command | largest process, MB |\n" + "| --- " * 8 + "|")  # fmt: skip
+          "| end to end, crystals/s | of the command | MB |\n" + "| --- " * 8 + "|")  # fmt: skip
     for atoms in SIZES:
         config = CampaignConfig(num_atoms=str(atoms), device=KIND, checkpoint_sha256=sha256_of(PACKAGED))
         sampler, count = Sampler(config, None), max(1, pairs // (-(-atoms // STEP) * STEP) ** 2)
@@ -116,7 +116,8 @@ def test_speed_against_atoms_per_crystal(tmp_path: Path) -> None:
         alone = 2 * count / spent[0]
         sampler.model.read = real
         n = max(1, N * 10 // atoms)
-        told, seconds, memory = command(tmp_path / f"a{atoms}", "--n", str(n), "--num-atoms", str(atoms))
+        told, seconds, memory = command(tmp_path / f"a{atoms}", "--n", str(n), "--num-atoms", str(atoms),
+                                        "--processes", "0")  # fmt: skip
         share = alone * config.steps * work / peak
         print(f"| {atoms} | {count} | {alone:,.1f} | {work / 1e6:,.0f} | {share:.0%} | {told['crystals_per_s']:.1f} "
               f"| {n / seconds:.1f} | {memory:,.0f} |", flush=True)  # fmt: skip
@@ -126,17 +127,10 @@ def test_speed_against_atoms_per_crystal(tmp_path: Path) -> None:
 @pytest.mark.bench
 @pytest.mark.skipif(KIND == "cuda", reason="a GPU has one process")
 def test_speed_against_processes(tmp_path: Path) -> None:
-    print(
-        f"\n{N:,} crystals each\n| processes | crystals/s | of the command | largest process, MB |\n"
-        + "| --- " * 4
-        + "|"
-    )
+    print(f"\n{N:,} crystals each\n| processes | crystals/s | of the command |\n| --- | --- | --- |")
     for processes in dict.fromkeys((0, 1, 2, usable_cores(), 2 * usable_cores())):
-        told, seconds, memory = command(tmp_path / f"p{processes}", "--n", str(N), "--processes", str(processes))
-        print(
-            f"| {processes or 'itself'} | {told['crystals_per_s']:.1f} | {N / seconds:.1f} | {memory:,.0f} |",
-            flush=True,
-        )
+        told, seconds, _ = command(tmp_path / f"p{processes}", "--n", str(N), "--processes", str(processes))
+        print(f"| {processes or 'itself'} | {told['crystals_per_s']:.1f} | {N / seconds:.1f} |", flush=True)
 
 
 def matrix_peak(dtype: torch.dtype) -> float:
