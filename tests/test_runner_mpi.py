@@ -81,7 +81,8 @@ def test_the_others_do_the_work_of_a_rank_that_is_stopped_and_name_it(tmp_path: 
     code, text = launch.end(60)
     assert code == 3, text
     assert re.search(f"rank {which} on .* gives no sign of life; the same command", text)
-    assert found(tmp_path) == expected(40)
+    there = {name: text for name, text in found(tmp_path).items() if not name.endswith(".draft")}
+    assert there == expected(40)  # the stopped one may have been about to write
     wait_for(lambda: not launch.family(), 5)
     code, text = Launch(tmp_path, "n=40", ranks=2).end()
     assert code == 0 and litter(tmp_path) == [], text
