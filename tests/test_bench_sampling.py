@@ -7,7 +7,6 @@ imports before it and the way out after it.
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from campaign_jobs import run
+from test_bench_training import matrix_peak
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpcgen.campaign import blocks
@@ -130,19 +130,8 @@ def test_speed_against_processes(tmp_path: Path) -> None:
     print(f"\n{N:,} crystals each\n| processes | crystals/s | of the command |\n| --- | --- | --- |")
     for processes in dict.fromkeys((0, 1, 2, usable_cores(), 2 * usable_cores())):
         told, seconds, _ = command(tmp_path / f"p{processes}", "--n", str(N), "--processes", str(processes))
+        assert told["written"] + sum(told["rejected"].values()) == N
         print(f"| {processes or 'itself'} | {told['crystals_per_s']:.1f} | {N / seconds:.1f} |", flush=True)
-
-
-def matrix_peak(dtype: torch.dtype) -> float:
-    """Of the product of two large matrices. Operations/s"""
-    n = {"cpu": 1024, "cuda": 8192}[KIND]
-    a, b = (torch.randn(n, n, device=KIND, dtype=dtype) for _ in range(2))
-    best = math.inf
-    for _ in range(10):
-        began = clock()
-        torch.mm(a, b)
-        best = min(best, clock() - began)
-    return 2 * n**3 / best
 
 
 # ---- where the time goes ---------------------------------------------------------------------------------------------

@@ -81,10 +81,10 @@ def seconds(call, least: float = 2.0) -> float:
     return (now - began) / count
 
 
-def matrix_peak() -> float:
+def matrix_peak(dtype: torch.dtype = PRECISION) -> float:
     """Of the product of two large matrices. Operations/s"""
     n = {"cpu": 768, "cuda": 8192}[KIND]
-    a, b = (torch.randn(n, n, device=KIND, dtype=PRECISION) for _ in range(2))
+    a, b = (torch.randn(n, n, device=KIND, dtype=dtype) for _ in range(2))
     return 2 * n**3 / seconds(lambda: a @ b)
 
 
